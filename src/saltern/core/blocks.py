@@ -1,0 +1,127 @@
+"""A block and its life.
+
+                 commit                    evict (a leaf that nobody pins)
+    WRITING ───────────────► READY ─────────────────────────────────────────► gone
+       │                       │
+       │ abort, lost parent    │ discard, lost parent
+       ▼                       ▼
+     DOOMED ◄──────────────────┘    unlinked: no lookup finds it, its pages are held
+       │                            only for whoever still reads or writes them
+       └──► gone, when the last of them has let go
+
+A block is *linked* while its user's dictionary holds it. Linked blocks form trees: every block but the
+first of a prefix has a linked parent. Only leaves are evicted, so whatever is READY can be reached from
+the first block, unless a parent is still being written.
+"""
+
+from collections.abc import Iterator
+from enum import Enum
+from typing import TYPE_CHECKING, Final
+
+from saltern.core.extents import Extent, extent_pages
+from saltern.core.keys import Key
+from saltern.core.order import Stamp
+
+if TYPE_CHECKING:
+    from saltern.core.tenants import User
+
+
+class BlockState(Enum):
+    """Where a block is in its life; see the drawing above."""
+
+    WRITING = "writing"
+    READY = "ready"
+    DOOMED = "doomed"
+
+
+class Block:
+    """The KV of `block_tokens` consecutive tokens of one user.
+
+    `pins` counts the leases that hold the block: its writer's, then its readers'. Children hang on the
+    parent in a linked list of siblings, since a million sets of one child each would be most of the index.
+    """
+
+    __slots__ = (
+        "children",
+        "depth",
+        "evicted_for_it",
+        "extent",
+        "key",
+        "length",
+        "next_sibling",
+        "parent",
+        "pins",
+        "previous_sibling",
+        "serial",
+        "state",
+        "touched_at",
+        "user",
+    )
+
+    def __init__(
+        self,
+        *,
+        user: "User",
+        key: Key,
+        parent: "Block | None",
+        extent: Extent,
+        length: int,
+        touched_at: float,
+        serial: int,
+        evicted_for_it: bool,
+    ) -> None:
+        self.user: Final = user
+        self.key: Final = key
+        self.extent: Final = extent
+        self.length: Final = length  # bytes, at most the extent's
+        self.depth: Final[int] = parent.depth + 1 if parent else 0
+        self.serial: Final = serial
+        self.evicted_for_it: Final = evicted_for_it
+        self.state = BlockState.WRITING
+        self.pins = 1
+        self.touched_at = touched_at
+        self.parent = parent
+        self.children: Block | None = None  # the first of them
+        self.next_sibling: Block | None = None
+        self.previous_sibling: Block | None = None
+        if parent is not None:
+            self.next_sibling = parent.children
+            if parent.children is not None:
+                parent.children.previous_sibling = self
+            parent.children = self
+
+    @property
+    def stamp(self) -> Stamp | None:
+        """Return when this may be evicted, or None while it may not: see `EvictionOrder`."""
+        if self.state is not BlockState.READY or self.pins or self.children is not None:
+            return None
+        return (self.touched_at, -self.depth, self.serial)
+
+    @property
+    def pages(self) -> int:
+        """Return how many pages the block is charged for."""
+        return extent_pages(self.extent)
+
+    def leave_parent(self) -> None:
+        """Undo the link to the parent."""
+        if self.previous_sibling is not None:
+            self.previous_sibling.next_sibling = self.next_sibling
+        elif self.parent is not None:
+            self.parent.children = self.next_sibling
+        if self.next_sibling is not None:
+            self.next_sibling.previous_sibling = self.previous_sibling
+        self.parent = self.next_sibling = self.previous_sibling = None
+
+    def with_descendants(self) -> Iterator["Block"]:
+        """Yield this block and all that continues it, each parent before its children."""
+        pending = [self]
+        while pending:
+            block = pending.pop()
+            yield block
+            child = block.children
+            while child is not None:
+                pending.append(child)
+                child = child.next_sibling
+
+    def __repr__(self) -> str:
+        return f"<Block {self.key.hex()[:8]} depth={self.depth} {self.state.value} pins={self.pins}>"
