@@ -49,7 +49,7 @@ USERS_SHOWN = 1_000
 """Most users in a snapshot, the largest first: ten thousand would still fit a frame, a million not."""
 
 
-class ProtocolViolation(Exception):
+class ViolationError(Exception):
     """A peer asked for what the protocol doesn't allow; its connection is closed with this message."""
 
 
@@ -82,7 +82,7 @@ class Cache:
             case Received(connection, message):
                 try:
                     self._receive(connection, message)
-                except ProtocolViolation as violation:
+                except ViolationError as violation:
                     effects.append(Close(connection, reason=str(violation)))
             case Disconnected(connection):
                 self._disconnect(connection)
@@ -148,7 +148,7 @@ class Cache:
             case _:
                 session = self.session_by_control.get(connection)
                 if session is None:
-                    raise ProtocolViolation(f"{type(message).__name__} on a connection without a session")
+                    raise ViolationError(f"{type(message).__name__} on a connection without a session")
                 self._serve(session, connection, message)
 
     def _serve(
@@ -177,12 +177,12 @@ class Cache:
 
     def _open_session(self, connection: ConnectionId, hello: SchedulerHello) -> None:
         if connection in self.session_by_control or connection in self.lifeline_by_connection:
-            raise ProtocolViolation("a second hello on one connection")
+            raise ViolationError("a second hello on one connection")
         if any(session.engine == hello.engine for session in self.session_by_control.values()):
             self._refuse(connection, f"an engine with the id {hello.engine!r} is connected already")
             return
         if len(set(hello.workers)) != len(hello.workers):
-            raise ProtocolViolation("two workers of one engine have the same name")
+            raise ViolationError("two workers of one engine have the same name")
         session = Session(
             engine=hello.engine,
             incarnation=hello.incarnation,
@@ -197,7 +197,7 @@ class Cache:
 
     def _open_lifeline(self, connection: ConnectionId, hello: WorkerHello) -> None:
         if connection in self.session_by_control or connection in self.lifeline_by_connection:
-            raise ProtocolViolation("a second hello on one connection")
+            raise ViolationError("a second hello on one connection")
         lifeline = Lifeline(connection, name=hello.name, rank=hello.rank)
         self.lifeline_by_connection[connection] = lifeline
         self.lifeline_by_name[hello.name] = lifeline  # a worker that came back; its old session keeps the old one
@@ -501,7 +501,7 @@ class Cache:
 def _end_lease(session: Session, lease_id: LeaseId, *, is_write: bool) -> Lease:
     lease = session.lease_by_id.get(lease_id)
     if lease is None or lease.is_write != is_write:
-        raise ProtocolViolation(f"the session holds no {'write' if is_write else 'read'} lease {lease_id}")
+        raise ViolationError(f"the session holds no {'write' if is_write else 'read'} lease {lease_id}")
     return session.lease_by_id.pop(lease_id)
 
 
