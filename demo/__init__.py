@@ -1,0 +1,1 @@
+"""The demonstration: a real model, a real vLLM and a Saltern server on this machine, step by step."""
