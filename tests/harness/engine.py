@@ -1,0 +1,368 @@
+"""The engine under test: vLLM's engine core, its steps counted and its promises checked."""
+
+import copy
+import functools
+import os
+import pickle
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, cast
+from unittest import mock
+
+import msgspec
+from vllm.config import VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+from vllm.sampling_params import SamplingParams
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.executor.abstract import Executor
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+
+from .findings import EngineDied, Finding, NotDrained, Stuck, WrongOutput
+from .model import Sequence
+from .options import Options, vllm_config
+from .worker import Worker
+
+
+class Job(Future[Any]):
+    """A call to all workers, run no later than its result is asked for and never before an earlier one."""
+
+    def __init__(self, call: Callable[[], Any], jobs: "deque[Job]") -> None:
+        super().__init__()
+        self._call = call
+        self._jobs = jobs
+        jobs.append(self)
+
+    def result(self, timeout: float | None = None) -> Any:
+        while not self.done():
+            self._jobs.popleft().run()
+        return super().result(timeout)
+
+    def run(self) -> None:
+        try:
+            self.set_result(self._call())
+        except Exception as error:
+            self.set_exception(error)
+
+
+class FakeExecutor(Executor):
+    """An executor whose workers are objects of this process, one a rank."""
+
+    def __init__(self, engine: "Engine", config: VllmConfig) -> None:
+        self._engine = engine
+        self._options = engine.options
+        self._jobs: deque[Job] = deque()
+        super().__init__(config)
+
+    def _init_executor(self) -> None:
+        self.workers = [
+            Worker(_of_rank(self.vllm_config, rank), rank, self._options, self._engine)
+            for rank in range(self._options.ranks)
+        ]
+
+    def collective_rpc(  # type: ignore[override]
+        self,
+        method: str,
+        timeout: float | None = None,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+        non_block: bool = False,
+    ) -> list[Any]:
+        assert isinstance(method, str) and not non_block, "only named calls that are waited for"
+        return [getattr(worker, method)(*args, **(kwargs or {})) for worker in self.workers]
+
+    def execute_model(self, scheduler_output: SchedulerOutput, non_block: bool = False) -> Any:  # type: ignore[override]
+        return self._submit("execute_model", scheduler_output, non_block)
+
+    def sample_tokens(self, grammar_output: Any, non_block: bool = False) -> Any:  # type: ignore[override]
+        return self._submit("sample_tokens", grammar_output, non_block)
+
+    def check_health(self) -> None:
+        return
+
+    def _submit(self, method: str, argument: Any, non_block: bool) -> Any:
+        # What the scheduler does to its objects afterwards must not reach a worker that lags, so it is pickled now.
+        sent = pickle.dumps(argument) if self._options.crosses_processes else None
+        job = Job(functools.partial(self._call, method, argument, sent), self._jobs)
+        if not self._options.workers_lag or not non_block:
+            output = job.result()
+            return job if non_block else output
+        return job
+
+    def _call(self, method: str, argument: Any, sent: bytes | None) -> ModelRunnerOutput | None:
+        if sent is None:
+            return cast(ModelRunnerOutput | None, getattr(self.workers[0], method)(argument))
+        outputs = [pickle.loads(pickle.dumps(getattr(w, method)(pickle.loads(sent)))) for w in self.workers]
+        assert self.kv_output_aggregator is not None, "no aggregator"
+        return self.kv_output_aggregator.aggregate(outputs)
+
+
+class Answer(msgspec.Struct):
+    """What a client got: the tokens, why they ended, and how many prompt tokens were not computed."""
+
+    tokens: list[int] = []
+    finish_reason: str | None = None
+    local_tokens: int = 0
+    external_tokens: int = 0
+
+
+class Counts(msgspec.Struct):
+    """What a run went through, so that a test can say that it did go through it."""
+
+    steps: int = 0
+    empty_steps: int = 0
+    requests: int = 0
+    external_tokens: int = 0
+    local_tokens: int = 0
+    loads: int = 0
+    loads_failed: int = 0
+    preemptions: int = 0
+    aborts: int = 0
+    aborts_during_load: int = 0
+
+
+LoadFault = Callable[[int, str, list[int]], set[int]]
+"""Given rank, request and the blocks its load wrote, choose those that are spoiled and reported bad."""
+
+
+class Engine:
+    """One engine and its clients.
+
+    `leftovers` is asked, once all requests are gone, what the connector still holds. Use as a context manager.
+    Raises a `Finding` from the call in which something went wrong.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        connector: type[KVConnectorBase_V1],
+        extra: dict[str, Any] | None = None,
+        leftovers: Callable[["Engine"], list[str]] | None = None,
+        load_fault: LoadFault | None = None,
+    ) -> None:
+        self.options = options
+        self.answers: dict[str, Answer] = {}
+        self.counts = Counts()
+        self._requests: dict[str, Request] = {}
+        self._sequences: dict[str, Sequence] = {}
+        self._max_tokens: dict[str, int] = {}
+        self._findings: list[Finding] = []
+        self._leftovers = leftovers
+        self._load_fault = load_fault
+        # Which model runner the scheduler addresses is read from the environment, and only at start.
+        runner = {"VLLM_USE_V2_MODEL_RUNNER": "1" if options.runner_v2 else "0"}
+        # Freezing the heap for garbage collection and caching the environment suit a process with one engine for life.
+        once = dict.fromkeys(("freeze_gc_heap", "enable_envs_cache"), lambda: None)
+        config = vllm_config(options, connector, extra or {})
+        with mock.patch.dict(os.environ, runner), mock.patch.multiple("vllm.v1.engine.core", **once):
+            make_executor = cast(type[Executor], functools.partial(FakeExecutor, self))
+            self.core = EngineCore(config, make_executor, log_stats=True)
+        assert isinstance(self.core.scheduler, Scheduler), "not one of vLLM's schedulers"
+        self.scheduler = self.core.scheduler
+        self.pool = self.scheduler.kv_cache_manager.block_pool
+        self.workers = cast(FakeExecutor, self.core.model_executor).workers
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Shut down the connector in both roles. (`EngineCore.shutdown` would also tear down process-wide state.)"""
+        self.core.model_executor.shutdown()
+        self.scheduler.shutdown()
+
+    @property
+    def connector(self) -> KVConnectorBase_V1:
+        """Return the scheduler's connector."""
+        connector = self.scheduler.get_kv_connector()
+        assert connector is not None, "no connector"
+        return connector
+
+    # Clients
+
+    def add(
+        self, request_id: str, prompt: list[int], salt: str | None = None, max_tokens: int = 1, **sampling: Any
+    ) -> None:
+        """Send a request. `sampling` goes to vLLM's `SamplingParams`."""
+        assert len(prompt) + max_tokens <= self.options.context_tokens, "longer than the context"
+        self._sequences[request_id] = Sequence(prompt, tag=salt or "" if self.options.tag_users else "")
+        self._max_tokens[request_id] = max_tokens
+        self.answers[request_id] = Answer()
+        self.counts.requests += 1
+        request = self._requests[request_id] = Request(
+            request_id=request_id,
+            prompt_token_ids=prompt,
+            sampling_params=SamplingParams(max_tokens=max_tokens, ignore_eos=True, temperature=0.0, **sampling),
+            pooling_params=None,
+            arrival_time=float(self.counts.requests),
+            cache_salt=salt,
+            block_hasher=self.core.request_block_hasher,
+        )
+        self._alive(lambda: self.core.add_request(request))
+
+    def abort(self, request_id: str, while_executing: bool = False) -> None:
+        """Abort between steps, or, as when a client hangs up during one, just before the next output is processed."""
+        request = self.scheduler.requests.get(request_id)
+        if request is None or request.is_finished():
+            return
+        self.counts.aborts += 1
+        if while_executing:
+            self.core.aborts_queue.put_nowait([request_id])
+            return
+        self.counts.aborts_during_load += request.status == RequestStatus.WAITING_FOR_REMOTE_KVS
+        self._alive(lambda: self.core.abort_requests([request_id]))
+
+    def ask(self, request_id: str, prompt: list[int], salt: str | None = None, max_tokens: int = 1) -> Answer:
+        """Send a request, run until nothing is left to do, and return the answer."""
+        self.add(request_id, prompt, salt, max_tokens)
+        self.run()
+        return self.answers[request_id]
+
+    # Steps
+
+    @property
+    def busy(self) -> bool:
+        """Whether vLLM's busy loop would take another step."""
+        return self.scheduler.has_requests() or bool(self.core.batch_queue)
+
+    def step(self) -> bool:
+        """Take one step of the busy loop. Returns whether a forward pass was submitted."""
+        outputs, executed = self._alive(self.core.step_fn)
+        self.counts.steps += 1
+        self.counts.empty_steps += not executed
+        self.counts.preemptions = sum(request.num_preemptions for request in self._requests.values())
+        for client_outputs in (outputs or {}).values():
+            self._receive(client_outputs)
+        if self._findings:
+            raise self._findings[0]
+        if not executed and self.options.idle_seconds and self.scheduler.has_requests():
+            time.sleep(self.options.idle_seconds)  # as vLLM's loop does, to let transfer threads have the interpreter
+        return executed
+
+    def run(self, until: Callable[[], bool] | None = None) -> None:
+        """Step until nothing is left to do, or until a condition holds. Raises `Stuck` when nothing moves."""
+        idle = 0
+        while self.busy and not (until and until()):
+            before = self._progress()
+            idle = 0 if self.step() or self._progress() != before else idle + 1
+            if idle > self.options.idle_steps_max or self.counts.steps > self.options.steps_max:
+                waiting = {request.request_id: request.status.name for request in self.scheduler.requests.values()}
+                raise Stuck(f"after {self.counts.steps} steps, {idle} of them idle, still waiting: {waiting or 'connector'}")
+
+    def _progress(self) -> tuple[int, ...]:
+        """Return numbers that change when something moves without a forward pass."""
+        return (len(self.scheduler.requests), self.pool.get_num_free_blocks())
+
+    def _receive(self, outputs: EngineCoreOutputs) -> None:
+        for output in outputs.outputs:
+            answer = self.answers[output.request_id]
+            answer.tokens += output.new_token_ids
+            if output.prefill_stats is not None:
+                answer.local_tokens = output.prefill_stats.num_local_cached_tokens
+                answer.external_tokens = output.prefill_stats.num_external_cached_tokens
+                self.counts.local_tokens += answer.local_tokens
+                self.counts.external_tokens += answer.external_tokens
+            if output.finish_reason is not None:
+                answer.finish_reason = str(output.finish_reason)
+            self._judge(output.request_id, answer)
+
+    def _judge(self, request_id: str, answer: Answer) -> None:
+        sequence = self._sequences[request_id]
+        count = len(answer.tokens)
+        right = sequence.tokens(sequence.prompt_tokens + count)[sequence.prompt_tokens :]
+        if answer.tokens != right:
+            self.found(WrongOutput(f"request {request_id} answered {answer.tokens}, its prefix decides {right}"))
+        if answer.finish_reason == "length" and count != self._max_tokens[request_id]:
+            self.found(WrongOutput(f"request {request_id} ended after {count} tokens"))
+
+    def _alive(self, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except Finding:
+            raise
+        except Exception as error:
+            if self._findings:
+                raise self._findings[0] from error
+            raise EngineDied(f"step {self.counts.steps}: {type(error).__name__}: {error}") from error
+
+    # Asked by the workers
+
+    def sequence(self, request_id: str) -> Sequence:
+        return self._sequences[request_id]
+
+    def found(self, finding: Finding) -> None:
+        self._findings.append(finding)
+
+    def loading_blocks(self) -> set[int]:
+        """Return the blocks that a load may write: those not yet computed, of requests that wait for a load.
+
+        An aborted request keeps its blocks until the load reports, and stays among the scheduler's requests so long.
+        """
+        return {
+            block_id
+            for request in self.scheduler.requests.values()
+            if request.status == RequestStatus.WAITING_FOR_REMOTE_KVS or request.is_finished()
+            for block_id in self._loaded_blocks(request)
+        }
+
+    def load_faults(self, rank: int, request_id: str) -> set[int]:
+        """Return the blocks to spoil of a load that this rank reports finished."""
+        request = self.scheduler.requests.get(request_id)
+        if request is None:
+            return set()  # the scheduler will notice by itself
+        self.counts.loads += rank == 0
+        block_ids = self._loaded_blocks(request)
+        faults = self._load_fault(rank, request_id, block_ids) if self._load_fault and block_ids else set()
+        self.counts.loads_failed += bool(faults)
+        return faults
+
+    def _loaded_blocks(self, request: Request) -> list[int]:
+        # Blocks found in the local prefix cache have a hash already; loaded ones get theirs once the load is done.
+        (blocks,) = self.scheduler.kv_cache_manager.get_blocks(request.request_id).blocks
+        return [block.block_id for block in blocks if block.block_hash is None]
+
+    # The end
+
+    def check_drained(self) -> None:
+        """Raise unless every request, block and promise is gone. Call when `busy` is false."""
+        left = [f"request {request_id}" for request_id in self.scheduler.requests]
+        for name in (
+            "running",
+            "waiting",
+            "kv_holding_waiting",
+            "deferred_waiting",
+            "finished_recving_kv_req_ids",
+            "failed_recving_kv_req_ids",
+            "deferred_frees",
+        ):
+            if getattr(self.scheduler, name):
+                left.append(f"scheduler.{name}")
+        used = [block for block in self.pool.blocks if block.ref_cnt and not block.is_null]
+        left += [f"block {block.block_id} is held {block.ref_cnt} times" for block in used]
+        free = self.pool.get_num_free_blocks()
+        if free != self.options.blocks - 1:
+            left.append(f"{free} of {self.options.blocks - 1} blocks are free")
+        left += [line for worker in self.workers for line in worker.leftovers()]
+        left += [f"request {name} got no end" for name, answer in self.answers.items() if self._unfinished(name, answer)]
+        left += self._leftovers(self) if self._leftovers else []
+        if left:
+            raise NotDrained("; ".join(left))
+
+    def _unfinished(self, request_id: str, answer: Answer) -> bool:
+        return answer.finish_reason is None and self._requests[request_id].status != RequestStatus.FINISHED_ABORTED
+
+
+def _of_rank(config: VllmConfig, rank: int) -> VllmConfig:
+    """Return the configuration as the process of one rank has it."""
+    config = copy.copy(config)
+    config.parallel_config = copy.copy(config.parallel_config)
+    config.cache_config = copy.copy(config.cache_config)
+    config.parallel_config.rank = rank
+    return config
