@@ -8,8 +8,10 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from http.client import HTTPConnection, HTTPException, HTTPResponse
 from pathlib import Path
 from types import TracebackType
@@ -81,6 +83,7 @@ class Engine:
         self._extra_args = tuple(extra_args)
         self._env = dict(env or {})
         self._process: subprocess.Popen[bytes] | None = None
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
 
     def __enter__(self) -> Self:
         self.start()
@@ -108,9 +111,11 @@ class Engine:
         """
         assert self._process is None, "an engine is started once, or again after stop"
         self.port = _free_port()
+        # vLLM leaves its sockets behind in the folder for temporary files, so it gets one that goes with it.
+        self._scratch = tempfile.TemporaryDirectory(prefix="saltern-engine-")
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         with self.log_path.open("ab") as log:
-            self._process = self._spawn(log)
+            self._process = self._spawn(log, scratch=self._scratch.name)
         try:
             self._wait_until_healthy(seconds_max)
         except BaseException:
@@ -128,19 +133,28 @@ class Engine:
         self.kill()
 
     def kill(self) -> None:
-        """End every process of the engine at once, as a crash would, and return when they are gone."""
+        """End every process of the engine at once, as a crash would, and return when they are gone.
+
+        Spared until the last is Python's resource tracker: it unlinks the shared memory of processes that died.
+        """
         if self._process is None:
             return
+        for pid in _living(self.pid):
+            if not _is_resource_tracker(pid):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        _wait_until_gone(self.pid, STOP_SECONDS_MAX)
         # The API server is not reaped before this, so its id still names the group that we made and no other.
         os.killpg(self.pid, signal.SIGKILL)
-        assert _wait_until_gone(self.pid, STOP_SECONDS_MAX), "a process survived SIGKILL"
         self._process.wait()
         self._process = None
+        if self._scratch is not None:
+            self._scratch.cleanup()
 
-    def _spawn(self, log: IO[bytes]) -> subprocess.Popen[bytes]:
+    def _spawn(self, log: IO[bytes], *, scratch: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             [sys.executable, "-m", VLLM_MODULE, *self._arguments()],
-            env=self._environment(),
+            env=self._environment(scratch),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -163,12 +177,13 @@ class Engine:
             arguments += ["--kv-transfer-config", json.dumps(self._kv_transfer_config)]
         return [*arguments, *self._extra_args]
 
-    def _environment(self) -> dict[str, str]:
+    def _environment(self, scratch: str) -> dict[str, str]:
         cores = sorted(os.sched_getaffinity(0))
         return {
             **os.environ,
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
+            "TMPDIR": scratch,
             "VLLM_HOST_IP": "127.0.0.1",  # its processes meet on this machine and are seen from no other
             "VLLM_CPU_KVCACHE_SPACE": str(self._kv_cache_gib),  # GiB; a given size skips the profiling run
             # By default vLLM leaves a core idle, which is half of a machine with two.
@@ -338,6 +353,13 @@ def _living(group: int) -> set[int]:
         if int(member_of) == group and state not in "ZX":
             living.add(int(stat.parent.name))
     return living
+
+
+def _is_resource_tracker(pid: int) -> bool:
+    try:
+        return b"multiprocessing.resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def _free_port() -> int:
