@@ -91,6 +91,8 @@ class Wire(Generic[Incoming]):
         return messages
 
     def _agree(self, preamble: memoryview) -> int:
+        oldest: int
+        newest: int
         _, oldest, newest = _PREAMBLE.unpack_from(preamble)
         if oldest > self._newest or newest < self._oldest:
             raise ProtocolError(

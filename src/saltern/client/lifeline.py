@@ -127,7 +127,7 @@ class Lifeline:
         self._hello = WorkerHello(
             engine=engine, name=name, rank=rank, world_size=world_size, outlives_socket=outlives_socket
         )
-        self._on_map, self._on_unmap = on_map, on_unmap
+        self.on_map, self.on_unmap = on_map, on_unmap
         self._thread = threading.Thread(target=self._run, name="saltern-lifeline", daemon=True)
         self._said: set[str] = set()  # reasons that were logged already
         self._connection: _Connection | None = None
@@ -242,8 +242,8 @@ class Lifeline:
             raise ConnectionLost(f"cannot map the arena of {arena_bytes} bytes: {error}") from None
         finally:
             os.close(fd)
-        if self._on_map is not None:
-            self._on_map(arena)
+        if self.on_map is not None:
+            self.on_map(arena)
         self._arena = arena
         return arena
 
@@ -287,8 +287,8 @@ class Lifeline:
         with self._changed:
             self._incarnation = None
             self._changed.wait_for(lambda: not arena.uses)
-        if self._on_unmap is not None:
-            self._on_unmap(arena)
+        if self.on_unmap is not None:
+            self.on_unmap(arena)
         self._arena = None
         if arena.unmap():
             return

@@ -77,7 +77,8 @@ class Cache:
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Take one event at time `now` and return what shall be done about it, in order."""
         self._now = max(now, self._now)
-        self._effects = effects = []
+        effects: list[Effect] = []
+        self._effects = effects
         match event:
             case Received(connection, message):
                 try:

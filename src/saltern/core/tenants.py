@@ -21,6 +21,7 @@ class Limits(Struct, frozen=True):
 
 NO_LIMITS = Limits()
 
+
 class User:
     """One isolation domain. Its dictionary is the only way to its blocks."""
 

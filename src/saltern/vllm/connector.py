@@ -1,0 +1,374 @@
+"""The connector: vLLM's hooks, each handed to the planner (scheduler) or the worker (one a rank).
+
+What vLLM guarantees of these hooks, and what it doesn't, is written down in `docs/connector.md`. Anything
+raised on the scheduler's side after start would end the engine for everybody: what a request carries is
+checked in `_salt_of`, and what isn't understood is not cached.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import vllm
+from packaging.specifiers import SpecifierSet
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorTransferResults,
+    KVConnectorWorkerMetadata,
+)
+
+from saltern.client.lifeline import Lifeline
+from saltern.vllm.copier import Shard
+from saltern.vllm.copies import Copies, Reports
+from saltern.vllm.devices import make_copier, worker_facts
+from saltern.vllm.layout import LayoutError, read_layout
+from saltern.vllm.namespace import namespace_digest
+from saltern.vllm.planner import Geometry, Planner
+from saltern.vllm.session import Session
+from saltern.vllm.settings import BLOCK_TOKENS, Settings, SettingsError, parse_settings
+from saltern.vllm.worker import Worker
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+logger = logging.getLogger(__name__)
+
+VLLM_SUPPORTED = SpecifierSet(">=0.32,<0.33")
+"""The versions whose scheduler this was tested against; its hooks change with every minor release."""
+
+ATTACH_SECONDS_MAX = 2.0
+"""How long the start of the engine waits for a server: enough for one that is there."""
+
+
+@dataclass
+class SalternHandshake(KVConnectorHandshakeMetadata):
+    """What a worker tells its scheduler at start."""
+
+    name: bytes
+    rank: int
+    slot_bytes: int
+    facts: dict[str, Any]
+
+
+@dataclass
+class SalternMetadata(KVConnectorMetadata):
+    """What the scheduler tells the workers with every step."""
+
+    copies: Copies
+    shards: tuple[Shard, ...]
+
+
+@dataclass
+class SalternReports(KVConnectorWorkerMetadata):
+    """What a worker tells its scheduler after a step."""
+
+    reports: Reports
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
+        """Add another rank's."""
+        assert isinstance(other, SalternReports), "two connectors' reports mixed"
+        self.reports.add(other.reports)
+        return self
+
+
+class PooledBlocks:
+    """vLLM's block pool, as far as the planner needs it."""
+
+    def __init__(self, pool: "BlockPool") -> None:
+        self._pool = pool
+
+    @property
+    def total(self) -> int:
+        """Return how many blocks there are."""
+        return int(self._pool.num_gpu_blocks)
+
+    def hold(self, block_ids: Sequence[int]) -> None:
+        """Count one more user of each block, as vLLM does for a request."""
+        self._pool.touch([self._pool.blocks[block_id] for block_id in block_ids])
+
+    def free(self, block_ids: Sequence[int]) -> None:
+        """Count one user less; the deepest first, since vLLM reuses in this order."""
+        self._pool.free_blocks(self._pool.blocks[block_id] for block_id in reversed(block_ids))
+
+
+class SalternConnector(KVConnectorBase_V1):
+    """Saltern's cache behind vLLM's KV connector interface, for `kv_role: kv_both`."""
+
+    def __init__(self, vllm_config: "VllmConfig", role: KVConnectorRole, kv_cache_config: "KVCacheConfig") -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        self._settings = _check_start(vllm_config)
+        self._config = vllm_config
+        self._kv_config = kv_cache_config
+        self._geometry = _geometry(vllm_config, self._settings)
+        # The scheduler's side
+        self._planner: Planner | None = None
+        self._session: Session | None = None
+        self._blocks: PooledBlocks | None = None
+        self._handshakes: list[SalternHandshake] = []
+        self._shards: tuple[Shard, ...] = ()
+        # The worker's side
+        self._worker: Worker | None = None
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """Say that a request whose KV was not stored is still answered."""
+        return False
+
+    # Scheduler: start and end
+
+    def bind_gpu_block_pool(self, gpu_block_pool: "BlockPool") -> None:
+        """Keep the pool whose blocks are held while they are stored."""
+        self._blocks = PooledBlocks(gpu_block_pool)
+
+    def set_xfer_handshake_metadata_pp_aware(
+        self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]
+    ) -> None:
+        """Learn of all workers, and open the session; the last hook before requests come."""
+        workers = [worker for worker in metadata.values() if isinstance(worker, SalternHandshake)]
+        self._handshakes = sorted(workers, key=lambda worker: worker.rank)
+        world_size = self._config.parallel_config.world_size
+        if [worker.rank for worker in self._handshakes] != list(range(world_size)):
+            raise LayoutError(f"{len(workers)} of {world_size} workers told Saltern of their KV cache")
+        offset, shards = 0, []
+        for worker in self._handshakes:
+            shards.append(Shard(offset=offset, slot_bytes=worker.slot_bytes))
+            offset += worker.slot_bytes * self._geometry.slots
+        self._shards = tuple(shards)
+        self._session = Session(
+            self._settings.socket,
+            engine=_engine_id(self._config),
+            workers=tuple(worker.name for worker in self._handshakes),
+            block_bytes=offset,
+            clock=time.monotonic,
+        )
+        assert self._blocks is not None, "vLLM binds its block pool before the handshake"
+        self._planner = Planner(
+            session=self._session,
+            blocks=self._blocks,
+            geometry=self._geometry,
+            namespace=self._namespace(epoch=b""),
+            ranks=world_size,
+            store=self._settings.store,
+            naming_secret=self._settings.naming_secret,
+            patience_seconds=self._settings.patience_seconds,
+            clock=time.monotonic,
+        )
+        self._session.await_open(ATTACH_SECONDS_MAX)
+
+    def _namespace(self, *, epoch: bytes) -> bytes:
+        return namespace_digest(
+            self._config,
+            vllm_version=vllm.__version__,
+            worker_facts=[worker.facts for worker in self._handshakes],
+            epoch=epoch,
+        )
+
+    def reset_cache(self) -> bool:
+        """Leave all KV computed so far behind: vLLM calls this when the weights change in place."""
+        if self._planner is not None:
+            self._planner.reset(self._namespace(epoch=os.urandom(16)))
+        return True
+
+    def shutdown(self) -> None:
+        """End what this role has open."""
+        if self._session is not None:
+            self._session.close()
+        if self._worker is not None:
+            self._worker.close()
+
+    # Scheduler: requests
+
+    def on_new_request(self, request: "Request") -> None:
+        """Look a request's prompt up as it arrives."""
+        salt = _salt_of(request, require_salt=self._settings.require_salt)
+        if self._planner is not None and salt is not None:
+            self._planner.add(request, salt)
+
+    def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int | None, bool]:
+        """Return what can be loaded beyond the engine's own tokens, always asynchronously."""
+        if self._planner is None:
+            return 0, False
+        matched = self._planner.match(request.request_id, num_computed_tokens)
+        return matched, bool(matched)
+
+    def update_state_after_alloc(self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int) -> None:
+        """Take note of the blocks that a request was given."""
+        if self._planner is not None:
+            block_ids = blocks.get_block_ids()[0] if num_external_tokens else ()
+            self._planner.admit(request.request_id, block_ids, num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> SalternMetadata:
+        """Return what the workers shall copy with this step."""
+        if self._planner is None:
+            return SalternMetadata(Copies(), ())
+        speculated = scheduler_output.scheduled_spec_decode_tokens
+        block_state = scheduler_output.kv_connector_block_state
+
+        def block_ids_of(request_id: str) -> Sequence[int] | None:
+            groups = block_state.get_block_ids(request_id) if block_state is not None else None
+            return groups[0] if groups else None
+
+        scheduled = {
+            request_id: tokens - len(speculated.get(request_id, ()))
+            for request_id, tokens in scheduler_output.num_scheduled_tokens.items()
+        }
+        return SalternMetadata(self._planner.plan(scheduled, block_ids_of), self._shards)
+
+    def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:
+        """Take in what the workers have finished."""
+        reports = connector_output.kv_connector_worker_meta
+        if self._planner is not None and isinstance(reports, SalternReports):
+            self._planner.report(reports.reports)
+
+    def request_finished(self, request: "Request", block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        """Forget a request. Blocks still being stored are held by themselves: vLLM may free its own at once."""
+        if self._planner is not None:
+            self._planner.remove(request.request_id)
+        return False, None
+
+    def has_pending_push_work(self) -> bool:
+        """Keep an idle engine stepping until what is held or asked has ended."""
+        return self._planner is not None and self._planner.has_unfinished_work
+
+    def has_pending_block_frees(self) -> bool:
+        """Say that waiting is better than preempting: blocks come free as soon as copies are done."""
+        return self._planner is not None and self._planner.has_stores_in_flight
+
+    # Worker
+
+    def register_kv_caches(self, kv_caches: "dict[str, torch.Tensor]") -> None:
+        """Take the worker's KV cache, and begin to connect."""
+        parallel = self._config.parallel_config
+        rank = parallel.rank % parallel.world_size
+        layout_name = self._kv_config.kv_cache_layout or self._config.cache_config.kv_cache_layout
+        layout = read_layout(self._kv_config, layout_name=layout_name)
+        self._worker = Worker(rank=rank, layout=layout, facts=worker_facts(self._config, self._kv_config, layout_name))
+        buffer = next(iter(kv_caches.values()))
+        lifeline = Lifeline(
+            self._settings.socket,
+            engine=_engine_id(self._config),
+            name=self._worker.name,
+            rank=rank,
+            world_size=parallel.world_size,
+            outlives_socket=buffer.is_cuda,
+        )
+        self._worker.attach(lifeline, make_copier(buffer, layout, lifeline))
+
+    def get_handshake_metadata(self) -> SalternHandshake | None:
+        """Tell the scheduler of this worker."""
+        worker = self._worker
+        if worker is None:
+            return None
+        return SalternHandshake(worker.name, worker.rank, worker.layout.slot_bytes, dict(worker.facts))
+
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        """Begin a step's copies before its forward pass, so that they overlap.
+
+        vLLM has brought its block tables up to date by then, the blocks to store are full since the step
+        before, and those to load are nobody else's.
+        """
+        super().bind_connector_metadata(connector_metadata)
+        if self._worker is not None and isinstance(connector_metadata, SalternMetadata):
+            self._worker.start(connector_metadata.copies, connector_metadata.shards)
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        """Do nothing: loads have begun with `bind_connector_metadata`."""
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Do nothing: a request runs only when its load is over."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer: "torch.Tensor", attn_metadata: Any, **kwargs: Any) -> None:
+        """Do nothing: whole blocks are stored a step later."""
+
+    def wait_for_save(self) -> None:
+        """Do nothing: blocks being stored are held until they are."""
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        """Report the requests whose load is over on this rank."""
+        loaded = self._worker.collect_loaded() if self._worker is not None else set()
+        return KVConnectorTransferResults(finished_recving=loaded)
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """Report blocks whose load failed, in the same pass as the end of their request's load."""
+        return self._worker.take_bad_blocks() if self._worker is not None else set()
+
+    def build_connector_worker_meta(self) -> SalternReports | None:
+        """Report the operations that ended on this rank."""
+        reports = self._worker.take_reports() if self._worker is not None else None
+        return SalternReports(reports) if reports is not None else None
+
+
+def _salt_of(request: "Request", *, require_salt: bool) -> str | None:
+    """Return the salt of a request that may be cached, None of one that may not.
+
+    Not cached are: what isn't decided by token ids alone (embeddings, images, adapters), what must not
+    be read from a cache (prompt log probabilities), and prompts that may still grow.
+    """
+    salt = request.cache_salt
+    parameters = request.sampling_params
+    is_cacheable = (
+        (salt is None or isinstance(salt, str))
+        and (salt or not require_salt)
+        and parameters is not None
+        and parameters.prompt_logprobs is None
+        and not request.skip_reading_prefix_cache
+        and request.prompt_token_ids is not None
+        and request.prompt_embeds is None
+        and not request.mm_features
+        and request.lora_request is None
+        and not request.resumable
+    )
+    return (salt or "") if is_cacheable else None
+
+
+def _check_start(config: "VllmConfig") -> Settings:
+    """Refuse, with a reason, engines that can't be cached correctly; return the settings."""
+    transfer = config.kv_transfer_config
+    if not VLLM_SUPPORTED.contains(vllm.__version__, prereleases=True):
+        raise SettingsError(f"Saltern supports vLLM {VLLM_SUPPORTED}, this is {vllm.__version__}")
+    if transfer.kv_role != "kv_both":
+        raise SettingsError(f'Saltern needs "kv_role": "kv_both" in --kv-transfer-config, not {transfer.kv_role!r}')
+    if transfer.kv_load_failure_policy != "recompute":
+        raise SettingsError(
+            'Saltern needs "kv_load_failure_policy": "recompute" in --kv-transfer-config: with'
+            f" {transfer.kv_load_failure_policy!r}, vLLM's default, a lost block is an error to the client"
+        )
+    if config.cache_config.calculate_kv_scales:
+        raise SettingsError("Saltern doesn't support KV scales calculated at run time; leave out --calculate-kv-scales")
+    if config.model_config.is_encoder_decoder:
+        raise SettingsError("Saltern doesn't support encoder-decoder models")
+    if config.parallel_config.nnodes > 1:
+        raise SettingsError("Saltern doesn't support engines that span several nodes")
+    if config.parallel_config.decode_context_parallel_size > 1:
+        raise SettingsError("Saltern doesn't support decode context parallelism")
+    speculative = config.speculative_config
+    if speculative is not None and speculative.method not in {"ngram", "suffix"}:
+        raise SettingsError(f"Saltern doesn't support speculation with a draft model ({speculative.method})")
+    return parse_settings(transfer.kv_connector_extra_config)
+
+
+def _geometry(config: "VllmConfig", settings: Settings) -> Geometry:
+    engine_tokens = config.cache_config.block_size
+    block_tokens = settings.block_tokens
+    if block_tokens is None:
+        block_tokens = max(BLOCK_TOKENS // engine_tokens, 1) * engine_tokens
+    if block_tokens <= 0 or block_tokens % engine_tokens:
+        raise SettingsError(f"saltern.block_tokens is {block_tokens}, but must be a multiple of vLLM's {engine_tokens}")
+    return Geometry(block_tokens=block_tokens, engine_block_tokens=engine_tokens)
+
+
+def _engine_id(config: "VllmConfig") -> str:
+    return str(config.kv_transfer_config.engine_id)[:256]

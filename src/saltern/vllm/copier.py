@@ -1,0 +1,137 @@
+"""The copier: moves engine blocks between a worker's KV cache and the arena, with the CPU.
+
+One numpy assignment moves all layers of an engine block and lets go of the interpreter's lock meanwhile, at
+the speed of memmove over the same segments. Loads and stores have a thread each, so that a request that
+waits for its KV never waits for another's to be stored.
+"""
+
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from saltern.client.lifeline import Lifeline, Mapping
+from saltern.core.extents import Extent
+from saltern.vllm.copies import Copy
+from saltern.vllm.layout import Layout
+
+logger = logging.getLogger(__name__)
+
+Bytes = npt.NDArray[np.uint8]
+
+ATTACH_SECONDS_MAX = 0.1
+"""How long a copy waits for its session: vLLM may tell a worker of a lease before the server's word is read."""
+
+
+class Finished(NamedTuple):
+    """A copy that ended, and how."""
+
+    copy: Copy
+    is_store: bool
+    is_failed: bool
+
+
+class Shard(NamedTuple):
+    """Where a rank's share of every block lies; `slot_bytes` per engine block, from `offset` on."""
+
+    offset: int
+    slot_bytes: int
+
+
+class CpuCopier:
+    """Copies with threads. `kv` is the worker's whole KV buffer, one byte an element."""
+
+    def __init__(self, kv: Bytes, layout: Layout, lifeline: Lifeline) -> None:
+        self._lifeline = lifeline
+        self._finished: SimpleQueue[Finished] = SimpleQueue()
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="saltern-load")
+        self._storer = ThreadPoolExecutor(1, thread_name_prefix="saltern-store")
+        self._pages = [
+            np.lib.stride_tricks.as_strided(
+                kv[tensor.offset :],
+                shape=(layout.blocks, tensor.layers, tensor.page_bytes),
+                strides=(tensor.block_stride, tensor.layer_stride, 1),
+            )
+            for tensor in layout.tensors
+        ]
+
+    def submit(self, copy: Copy, shard: Shard, *, is_store: bool) -> None:
+        """Begin a copy."""
+        (self._storer if is_store else self._loader).submit(self._run, copy, shard, is_store=is_store)
+
+    def finished(self) -> list[Finished]:
+        """Return the copies that ended since the last call."""
+        ended = []
+        while not self._finished.empty():  # this is the only reader
+            ended.append(self._finished.get())
+        return ended
+
+    def close(self) -> None:
+        """Wait for the copies under way and drop those not begun."""
+        for pool in (self._loader, self._storer):
+            pool.shutdown(cancel_futures=True)
+
+    def _run(self, copy: Copy, shard: Shard, *, is_store: bool) -> None:
+        is_failed = True
+        try:
+            mapping = self._lifeline.hold(copy.incarnation, ATTACH_SECONDS_MAX)
+            if mapping is not None:
+                try:
+                    self._move(copy, shard, mapping, is_store=is_store)
+                    is_failed = False
+                finally:
+                    mapping.release()
+        except Exception:  # a copy that fails for whatever reason must still be reported
+            logger.exception("a copy failed")
+        self._finished.put(Finished(copy, is_store, is_failed))
+
+    def _move(self, copy: Copy, shard: Shard, mapping: Mapping, *, is_store: bool) -> None:
+        arena = np.frombuffer(mapping.buffer, dtype=np.uint8)
+        for piece in copy.pieces:
+            for slot, engine_block in enumerate(piece.engine_blocks, start=piece.first_slot):
+                position = shard.offset + slot * shard.slot_bytes
+                for pages in self._pages:
+                    block = pages[engine_block]
+                    move_slot(arena, piece.extent, position, mapping.page_bytes, block, is_store=is_store)
+                    position += block.size
+
+
+def move_slot(arena: Bytes, extent: Extent, position: int, page_bytes: int, block: Bytes, *, is_store: bool) -> None:
+    """Copy the layers of one engine block to or from byte `position` of an extent.
+
+    `block` has the shape [layers, page bytes]. Raises ValueError if the extent doesn't hold so much.
+    """
+    parts = extent_slices(extent, position, block.size, page_bytes)
+    if len(parts) == 1:
+        place = arena[parts[0]].reshape(block.shape)
+        if is_store:
+            place[...] = block
+        else:
+            block[...] = place
+    elif is_store:  # an extent in several runs is rare, and pays with a second copy
+        gathered, done = block.reshape(-1), 0
+        for part in parts:
+            size = part.stop - part.start
+            arena[part] = gathered[done : done + size]
+            done += size
+    else:
+        block[...] = np.concatenate([arena[part] for part in parts]).reshape(block.shape)
+
+
+def extent_slices(extent: Extent, position: int, size: int, page_bytes: int) -> list[slice]:
+    """Return where bytes `[position, position + size)` of an extent lie in the arena."""
+    slices = []
+    for run in extent:
+        run_bytes = run.count * page_bytes
+        if position < run_bytes:
+            start = run.start * page_bytes + position
+            taken = min(size, run_bytes - position)
+            slices.append(slice(start, start + taken))
+            size -= taken
+            if not size:
+                return slices
+        position = max(position - run_bytes, 0)
+    raise ValueError("a copy reaches past the end of its extent")

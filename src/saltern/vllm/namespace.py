@@ -1,0 +1,99 @@
+"""The namespace: everything that decides what bytes a block of some tokens has, as one digest.
+
+Two engines share KV only if every fact here is equal, so a fact too many costs hits and a fact too few
+serves wrong bytes. The weights are known by their content, since a path is no identity: by the index and
+headers, the sizes, and a sample of each file that any retraining changes.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from saltern.core.keys import digest
+
+logger = logging.getLogger(__name__)
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+SAMPLES = 64
+SAMPLE_BYTES = 4096
+
+
+def namespace_digest(
+    vllm_config: Any, *, vllm_version: str, worker_facts: list[Mapping[str, Any]], epoch: bytes
+) -> bytes:
+    """Return the digest of an engine's facts. `worker_facts` come from each rank, in rank order.
+
+    `epoch` is empty until the weights change in place, then random: what they change to has no name.
+    """
+    model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
+    speculative = vllm_config.speculative_config
+    facts = {
+        "weights": _weights_identity(model.model, model.revision),
+        "revision": str(model.revision),
+        "code_revision": str(model.code_revision),
+        "hf_config": {  # after overrides
+            name: value for name, value in model.hf_config.to_dict().items() if name != "_name_or_path"
+        },
+        "hf_overrides": repr(model.hf_overrides),
+        "dtype": str(model.dtype),
+        "quantization": str(model.quantization),
+        "kv_dtype": str(cache.cache_dtype),
+        "kv_skipped_layers": repr(getattr(cache, "kv_cache_dtype_skip_layers", None)),
+        "sliding_window": repr(getattr(cache, "sliding_window", None)),
+        "block_size": cache.block_size,
+        "parallel": [
+            parallel.tensor_parallel_size,
+            parallel.pipeline_parallel_size,
+            parallel.decode_context_parallel_size,
+            getattr(parallel, "prefill_context_parallel_size", 1),
+        ],
+        "speculative": None if speculative is None else repr(getattr(speculative, "method", speculative)),
+        "vllm": vllm_version,
+        "workers": worker_facts,
+        "epoch": epoch.hex(),
+    }
+    return digest(b"saltern.nspace", [json.dumps(facts, sort_keys=True, default=repr).encode()])
+
+
+def _weights_identity(model: str, revision: str | None) -> str:
+    folder = _model_folder(model, revision)
+    files = [] if folder is None else sorted(file for file in folder.iterdir() if file.suffix in WEIGHT_SUFFIXES)
+    if folder is None or not files:
+        logger.warning(
+            "no weight files of %s are found here: Saltern shares its KV with no other engine or start", model
+        )
+        return os.urandom(16).hex()
+    summary = blake2b(digest_size=32)
+    for index in sorted(folder.glob("*.index.json")):
+        summary.update(digest(b"saltern.index", [index.name.encode(), index.read_bytes()]))
+    for file in files:
+        summary.update(digest(b"saltern.weights", [file.name.encode(), *_samples(file)]))
+    return summary.hexdigest()
+
+
+def _model_folder(model: str, revision: str | None) -> Path | None:
+    path = Path(model)
+    if path.is_dir():
+        return path
+    if path.is_file():
+        return path.parent
+    try:
+        from huggingface_hub import try_to_load_from_cache
+    except ImportError:
+        return None
+    config = try_to_load_from_cache(model, "config.json", revision=revision)
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def _samples(file: Path) -> Iterator[bytes]:
+    """Yield a file's size and samples of it at even distances: cheap, and different after any retraining."""
+    size = file.stat().st_size
+    yield size.to_bytes(8, "little")
+    with file.open("rb") as stream:
+        for sample in range(SAMPLES):
+            stream.seek(max(size - SAMPLE_BYTES, 0) * sample // (SAMPLES - 1))
+            yield stream.read(SAMPLE_BYTES)

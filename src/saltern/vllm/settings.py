@@ -1,0 +1,98 @@
+"""The connector's settings: `kv_connector_extra_config`, checked once at start."""
+
+import difflib
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from msgspec import Struct
+
+from saltern.core.keys import SECRET_BYTES
+from saltern.paths import default_socket_path
+
+PATIENCE_MS = 50.0
+"""How long a request waits for the server's answer before it counts as a miss. A round trip takes 0.1 ms."""
+
+BLOCK_TOKENS = 128
+"""Tokens of a block: the smallest size at which a page of a small model is still copied at memory speed."""
+
+
+class SettingsError(ValueError):
+    """A setting can't be used. The text names it and says what to do."""
+
+
+class StoreMode(Enum):
+    """Which blocks are stored."""
+
+    PROMPT = "prompt"
+    ALL = "all"  # those of generated tokens too
+
+
+class Settings(Struct, frozen=True):
+    """What the operator set, in the order of the documentation."""
+
+    socket: str
+    block_tokens: int | None = None  # None: `BLOCK_TOKENS`, or vLLM's block size where that is larger
+    store: StoreMode = StoreMode.PROMPT
+    require_salt: bool = False
+    naming_secret: bytes | None = None  # None: the server's
+    patience_seconds: float = PATIENCE_MS / 1000
+
+
+def parse_settings(extra_config: Mapping[str, Any]) -> Settings:
+    """Read the `saltern.*` keys; raises `SettingsError` for one that is unknown or can't be used."""
+    values = {name: value for name, value in extra_config.items() if name.startswith("saltern.")}
+    known = [
+        "saltern." + name for name in ("socket", "block_tokens", "store", "require_salt", "secret_file", "patience_ms")
+    ]
+    for name in values:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; known are {', '.join(known)}"
+            raise SettingsError(f"kv_connector_extra_config has no setting {name!r}{hint}")
+    return Settings(
+        socket=_checked(values, "saltern.socket", str, str(default_socket_path()), "the path of the server's socket"),
+        block_tokens=_checked(values, "saltern.block_tokens", int, None, "a number of tokens"),
+        store=_store_mode(_checked(values, "saltern.store", str, "prompt", '"prompt" or "all"')),
+        require_salt=_checked(values, "saltern.require_salt", bool, False, "true or false"),
+        naming_secret=_read_secret(_checked(values, "saltern.secret_file", str, None, "the path of a file")),
+        patience_seconds=_patience(values) / 1000,
+    )
+
+
+def _checked(values: Mapping[str, Any], name: str, kind: type, default: Any, expected: str) -> Any:
+    value = values.get(name, default)
+    if value is default:
+        return default
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise SettingsError(f"{name} is {value!r}, but must be {expected}")
+    return value
+
+
+def _store_mode(value: str) -> StoreMode:
+    try:
+        return StoreMode(value)
+    except ValueError:
+        raise SettingsError(f'saltern.store is {value!r}, but must be "prompt" or "all"') from None
+
+
+def _patience(values: Mapping[str, Any]) -> float:
+    value = values.get("saltern.patience_ms", PATIENCE_MS)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 10_000:
+        raise SettingsError(f"saltern.patience_ms is {value!r}, but must be a number of milliseconds up to 10000")
+    return float(value)
+
+
+def _read_secret(path: str | None) -> bytes | None:
+    if path is None:
+        return None
+    try:
+        secret = bytes.fromhex(Path(path).read_text("ascii").strip())
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"saltern.secret_file {path}: {error}") from None
+    if len(secret) != SECRET_BYTES:
+        raise SettingsError(
+            f"saltern.secret_file {path} holds {len(secret)} bytes, but must hold {SECRET_BYTES} in hexadecimal"
+        )
+    return secret
