@@ -1,0 +1,29 @@
+"""Sizes as people write them: "64 GiB", "1.5 MB", 4096."""
+
+import re
+
+_BYTES_BY_UNIT = {"": 1, "B": 1} | {
+    prefix + suffix: base**power
+    for suffix, base in (("iB", 1024), ("B", 1000))
+    for power, prefix in enumerate("KMGT", start=1)
+}
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
+
+
+def parse_size(text: str) -> int:
+    """Return a size in bytes. Raises `ValueError` with a text for a person."""
+    match = _SIZE.fullmatch(text)
+    unit = match and next((unit for unit in _BYTES_BY_UNIT if unit.lower() == match[2].lower()), None)
+    if match is None or unit is None:
+        raise ValueError(f"{text!r} is not a size: write a number and a unit, such as 64 GiB")
+    return int(float(match[1]) * _BYTES_BY_UNIT[unit]) if "." in match[1] else int(match[1]) * _BYTES_BY_UNIT[unit]
+
+
+def format_size(size: int) -> str:
+    """Write a size with at most one decimal in the largest unit that keeps it above one."""
+    value, unit = float(size), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{value:.0f} {unit}" if value == int(value) else f"{value:.1f} {unit}"
