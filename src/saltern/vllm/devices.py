@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def make_copier(kv_cache: torch.Tensor, layout: Layout, lifeline: Lifeline) -> "Copier":
     """Return the copier for the device that `kv_cache`, any layer's tensor, is on."""
     storage = kv_cache.untyped_storage()
-    kv = torch.empty(0, dtype=torch.uint8, device=kv_cache.device).set_(storage)  # type: ignore[call-overload]
+    kv = torch.empty(0, dtype=torch.uint8, device=kv_cache.device).set_(storage)
     if kv_cache.is_cuda:
         from saltern.vllm.cuda import CudaCopier
 
