@@ -49,6 +49,9 @@ logger = logging.getLogger(__name__)
 VLLM_SUPPORTED = SpecifierSet(">=0.32,<0.33")
 """The versions whose scheduler this was tested against; its hooks change with every minor release."""
 
+KV_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2")
+"""KV types whose scales are constants of the model."""
+
 ATTACH_SECONDS_MAX = 2.0
 """How long the start of the engine waits for a server: enough for one that is there."""
 
@@ -109,6 +112,7 @@ class SalternConnector(KVConnectorBase_V1):
 
     def __init__(self, vllm_config: "VllmConfig", role: KVConnectorRole, kv_cache_config: "KVCacheConfig") -> None:
         super().__init__(vllm_config, role, kv_cache_config)
+        logging.getLogger("saltern").parent = logging.getLogger("vllm")  # our lines go where the engine's go
         self._settings = _check_start(vllm_config)
         self._config = vllm_config
         self._kv_config = kv_cache_config
@@ -346,14 +350,20 @@ def _check_start(config: "VllmConfig") -> Settings:
             'Saltern needs "kv_load_failure_policy": "recompute" in --kv-transfer-config: with'
             f" {transfer.kv_load_failure_policy!r}, vLLM's default, a lost block is an error to the client"
         )
-    if config.cache_config.calculate_kv_scales:
-        raise SettingsError("Saltern doesn't support KV scales calculated at run time; leave out --calculate-kv-scales")
+    if config.cache_config.cache_dtype not in KV_DTYPES:
+        raise SettingsError(
+            f"Saltern doesn't support --kv-cache-dtype {config.cache_config.cache_dtype} (scales that are"
+            f" calculated at run time); supported are {', '.join(KV_DTYPES)}"
+        )
     if config.model_config.is_encoder_decoder:
         raise SettingsError("Saltern doesn't support encoder-decoder models")
     if config.parallel_config.nnodes > 1:
         raise SettingsError("Saltern doesn't support engines that span several nodes")
-    if config.parallel_config.decode_context_parallel_size > 1:
-        raise SettingsError("Saltern doesn't support decode context parallelism")
+    if (
+        config.parallel_config.decode_context_parallel_size > 1
+        or config.parallel_config.prefill_context_parallel_size > 1
+    ):
+        raise SettingsError("Saltern doesn't support context parallelism")
     speculative = config.speculative_config
     if speculative is not None and speculative.method not in {"ngram", "suffix"}:
         raise SettingsError(f"Saltern doesn't support speculation with a draft model ({speculative.method})")
