@@ -19,30 +19,34 @@ class Arena:
         self._cells: list[Cell | None] = [None] * (pages * page_bytes)
         self._readers = [0] * len(self._cells)
         self._writers = [0] * len(self._cells)
+        self._touched: set[int] = set()
         self._length_by_key: dict[Key, int] = {}
 
     def cells(self, extent: Extent, length: int) -> list[int]:
         """Return where the bytes of a block lie, in logical order."""
         size = self._page_bytes
-        return [
-            cell for run in extent for cell in range(run.start * size, (run.start + run.count) * size)
-        ][:length]
+        return [cell for run in extent for cell in range(run.start * size, (run.start + run.count) * size)][:length]
 
     def begin(self, cells: list[int], *, is_write: bool) -> None:
         """A worker begins to touch cells."""
         for cell in cells:
             if self._writers[cell] or (is_write and self._readers[cell]):
                 violated(Invariant.QUIET, f"cell {cell}, holding {self._cells[cell]}, is touched by two at once")
-            if is_write:
-                self._writers[cell] += 1
-            else:
-                self._readers[cell] += 1
+            count_by_cell = self._writers if is_write else self._readers
+            count_by_cell[cell] += 1
+            self._touched.add(cell)
 
     def end(self, cells: list[int], *, is_write: bool) -> None:
         """A worker has stopped touching cells, or is dead."""
         count_by_cell = self._writers if is_write else self._readers
         for cell in cells:
             count_by_cell[cell] -= 1
+            if not self._writers[cell] and not self._readers[cell]:
+                self._touched.remove(cell)
+
+    def touched_pages(self) -> set[int]:
+        """Return the pages that somebody is touching."""
+        return {cell // self._page_bytes for cell in self._touched}
 
     def write(self, cells: list[int], user: UserId, key: Key, offset: int) -> None:
         """Write a piece of a block from `offset` on."""

@@ -20,7 +20,7 @@ class Invariant(Enum):
     BYTES = "served bytes belong to that user and key and stay unchanged under a lease"
     UNFINISHED = "an unfinished write is never served"
     DISCARDED = "a discarded block is not found again"
-    QUIET = "nobody touches what is granted to somebody else"
+    QUIET = "what a worker touches is leased to its session, and to no other"
     SESSIONS = "no lease without all lifelines"
     UNIQUE = "one engine a name"
     ANSWERS = "every request gets one answer, in order"

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
+from math import inf, nan
 from typing import Protocol
 
 from saltern.core.extents import Extent
@@ -326,14 +327,17 @@ class Engine:
             return
         self.link = self.site.server.connect(self)
         self.incarnation = self.site.world.random.randbytes(16)
-        hello = SchedulerHello(
+        self.pending.append((Welcome, None))
+        self.link.to_server.send(self.hello())
+
+    def hello(self) -> SchedulerHello:
+        """Return what opens the session of this incarnation."""
+        return SchedulerHello(
             engine=self.name,
             incarnation=self.incarnation,
             workers=tuple(worker.name for worker in self.workers),
             block_bytes=self.namespace.block_bytes,
         )
-        self.pending.append((Welcome, None))
-        self.link.to_server.send(hello)
 
     def receive(self, link: Link, message: Reply) -> None:
         """Take a message from the control connection."""
@@ -428,7 +432,8 @@ class Engine:
 
     def _acquired(self, ask: Ask, answer: Acquired) -> None:
         random = self.site.world.random
-        ask.acquired_at = answer.acquired_at
+        odd = self.site.world.chance(0.02)  # the time of another server's clock, or nonsense
+        ask.acquired_at = random.choice((nan, inf, -inf, 5e5, 1e7)) if odd else answer.acquired_at
         if answer.lease and (ask.is_given_up or random.random() < 0.1):
             self._send(Release(answer.lease))  # never became a load
         elif answer.lease:
@@ -436,7 +441,7 @@ class Engine:
             pieces = [Piece(key, extent) for key, extent in zip(keys, answer.extents, strict=True)]
             self._start(Operation(ask, self.incarnation, answer.lease, is_write=False, pieces=pieces))
         start = random.choice((0, 0, 0, min(answer.ready, len(ask.keys)), random.randint(0, len(ask.keys))))
-        self.site.world.after(3.0, lambda: self._reserve(ask, start))
+        self.site.world.after(random.choice((1.0, 20.0)), lambda: self._reserve(ask, start))
 
     def _reserved(self, ask: Ask, answer: Reserved) -> None:
         if not answer.lease:

@@ -4,8 +4,6 @@ The checker keeps books of its own from the messages alone (which keys were gran
 who is attached) and counts everything else from scratch: a field of the cache is never its own witness.
 """
 
-from enum import Enum
-
 from saltern.core.blocks import Block, BlockState
 from saltern.core.cache import Cache
 from saltern.core.effects import Close, Disconnected, Effect, Event, Gone, Received, Send
@@ -38,6 +36,9 @@ from tests.simulator.claims import Invariant, violated
 
 Name = tuple[UserId, Key]
 """What a block is called: by its user and its key."""
+
+
+_ANSWER_BY_ASK: dict[type, type] = {Lookup: LookedUp, Acquire: Acquired, Reserve: Reserved}
 
 
 class Checker:
@@ -89,7 +90,7 @@ class Checker:
         """Exactly one answer to each request, on its own connection, unless that is closed."""
         match event:
             case Received(connection, Lookup() | Acquire() | Reserve() as ask):
-                kind: type[Reply] = {Lookup: LookedUp, Acquire: Acquired, Reserve: Reserved}[type(ask)]
+                kind = _ANSWER_BY_ASK[type(ask)]
                 closed = any(isinstance(effect, Close) and effect.connection == connection for effect in effects)
                 answers = [effect for effect in effects if isinstance(effect, Send)]
                 if closed and not answers:
@@ -103,9 +104,10 @@ class Checker:
     def _check_state(self, event: Event, effects: list[Effect], now: float) -> None:
         cache, tenant = self._cache, self._cache.tenant
         state = State(cache)
-        state.check_blocks()
+        state.check_blocks(now)
         state.check_pages()
         state.check_limits()
+        state.check_touched(self._arena)
         for user in tenant.user_by_id.values():
             _check_first(user.order, state.candidates(user), [user.order])
         _check_first_user(cache, state)
@@ -136,7 +138,7 @@ class Checker:
             case Received(message=Discard(user, key)):
                 for seen in gone.values():
                     if not any((above.block.user.id, above.block.key) == (user, key) for above in self._lineage(seen)):
-                        violated(Invariant.VICTIMS, f"{seen.block} fell with {key.hex()[:8]}, which it doesn't continue")
+                        violated(Invariant.VICTIMS, f"{seen.block} fell with {key.hex()[:8]}, not its own")
             case _:
                 if gone:
                     violated(Invariant.VICTIMS, f"{gone} fell for no reason")
@@ -241,7 +243,7 @@ class State:
             and (user is None or block.user is user)
         ]
 
-    def check_blocks(self) -> None:
+    def check_blocks(self, now: float) -> None:
         """Check pins, links and the time of each block."""
         for block in self.held:
             pins = self._pins_by_block.get(block, 0)
@@ -250,6 +252,8 @@ class State:
             if (block.state is BlockState.DOOMED) != (id(block) not in self.seen):
                 violated(Invariant.REACHABLE, f"{block} is {'' if id(block) in self.seen else 'not '}linked")
         for block in self._linked:
+            if block.touched_at > now:
+                violated(Invariant.RECENCY, f"{block} was touched at {block.touched_at}, and it is {now}")
             if block.state is BlockState.WRITING and not block.pins:
                 violated(Invariant.PINS, f"{block} is written by nobody")
             parent = block.parent
@@ -282,7 +286,9 @@ class State:
             violated(Invariant.TILES, f"runs {sorted(runs)} with {free} free don't make {pool.pages} pages")
         for user in tenant.user_by_id.values():
             if user.used_pages != used_by_user.get(user, 0):
-                violated(Invariant.CHARGES, f"{user.id.hex()} is charged {user.used_pages} for {used_by_user.get(user)}")
+                violated(
+                    Invariant.CHARGES, f"{user.id.hex()} is charged {user.used_pages}, not {used_by_user.get(user)}"
+                )
             if user not in used_by_user:
                 violated(Invariant.FORGOTTEN, f"{user.id.hex()} is remembered without a page")
         for user in used_by_user:
@@ -305,6 +311,16 @@ class State:
         for user, used in used_by_user.items():
             if _over(used, limits.user_limit_bytes):
                 violated(Invariant.LIMITS, f"{user.hex()} holds {used} of {limits}")
+
+    def check_touched(self, arena: Arena) -> None:
+        """Check that whatever a worker is copying is pinned, even if nobody has asked for its pages yet."""
+        touched = arena.touched_pages()
+        if touched:
+            for block in self._pins_by_block:
+                for run in block.extent:
+                    touched.difference_update(range(run.start, run.start + run.count))
+        if touched:
+            violated(Invariant.QUIET, f"pages {touched} are being copied, and no lease holds them")
 
 
 class Books:
@@ -379,7 +395,6 @@ class Sessions:
     """Who is attached to whom, by the messages alone."""
 
     def __init__(self) -> None:
-        self._open: set[int] = set()  # connections that said hello and are not disconnected
         self._worker_by_connection: dict[int, WorkerHello] = {}
         self._hello_by_control: dict[int, SchedulerHello] = {}
         self._members_by_control: dict[int, set[int]] = {}
@@ -407,9 +422,12 @@ class Sessions:
                 pass
         attached = {send.connection for send in sends if isinstance(send.message, Attached)}
         for control in attached & self._hello_by_control.keys():
-            names = [self._worker_by_connection[member].name for member in sorted(attached - {control})]
-            if sorted(names) != sorted(self._hello_by_control[control].workers):
+            workers = [self._worker_by_connection.get(member) for member in attached - {control}]
+            names = {worker.rank: worker.name for worker in workers if worker is not None}
+            if [names.get(rank) for rank in range(len(workers))] != list(self._hello_by_control[control].workers):
                 violated(Invariant.SESSIONS, f"{attached} make a session without all its workers")
+            if any(attached & members - {control} for members in self._members_by_control.values()):
+                violated(Invariant.SESSIONS, f"{attached} make a session with another's workers")
             self._members_by_control[control] = attached
 
     def _check_lease(self, control: int) -> None:
@@ -425,6 +443,7 @@ class Sessions:
                 violated(Invariant.WAITS, f"{members} lost {connection}, and only {told} were told")
             self._ended.add(control)
         self._hello_by_control.pop(connection, None)
+        self._worker_by_connection.pop(connection, None)
         if connection in self._members_by_control:
             del self._members_by_control[connection]
             self._ended.discard(connection)

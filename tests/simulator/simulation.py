@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from random import Random
 
 from saltern.core.keys import UserKey, unsigned_user_key, user_id
+from saltern.core.messages import Abort, Commit, Release
 from saltern.core.tenants import Limits
 from tests.simulator.claims import Invariant, violated
 from tests.simulator.engine import Engine, Namespace, User
@@ -33,7 +34,7 @@ class Habits:
     @classmethod
     def draw(cls, random: Random) -> "Habits":
         """Draw the habits of a run."""
-        pages = random.choice((6, 12, 24, 40))
+        pages = random.choice((4, 6, 12, 24, 40))
         page_bytes = random.choice((2, 3, 4))
         arena = pages * page_bytes
         return cls(
@@ -49,7 +50,7 @@ class Habits:
             failure_rate=random.choice((0.0, 0.0, 0.02, 0.1)),
             give_up_rate=random.choice((0.0, 0.1, 0.4)),
             fault_delay=random.choice((None, 100.0, 40.0, 20.0)),
-            fault_weights=tuple(random.choice((0.0, 1.0, 4.0)) for _ in range(8)),
+            fault_weights=tuple(random.choice((0.0, 1.0, 4.0)) for _ in range(9)),
             users_share_keys=random.random() < 0.3,
         )
 
@@ -164,6 +165,7 @@ class Simulation:
             self._restart_server,
             self._freeze,
             self._duplicate,
+            self._misbehave,
         )
         if any(self.habits.fault_weights):
             (fault,) = self.world.random.choices(faults, self.habits.fault_weights)
@@ -216,6 +218,13 @@ class Simulation:
         engine = self._pick()
         if len(self.engines) < 5:
             self._start_engine(engine.name, engine.namespace)
+
+    def _misbehave(self) -> None:
+        """Ask for what the protocol doesn't allow; the price is the session."""
+        engine = self._pick()
+        if engine.link is not None and not engine.is_stopping:
+            violations = (Release(10_000_000), Commit(0), Abort(10_000_000), engine.hello())
+            engine.link.to_server.send(self.world.random.choice(violations))
 
     def _restart_server(self) -> None:
         if self.server is not None:
