@@ -24,6 +24,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from saltern.client.lifeline import Lifeline
+from saltern.vllm.adapters import Adapters
 from saltern.vllm.copier import Shard
 from saltern.vllm.copies import Copies, Reports
 from saltern.vllm.devices import make_copier, worker_facts
@@ -121,6 +122,7 @@ class SalternConnector(KVConnectorBase_V1):
         self._planner: Planner | None = None
         self._session: Session | None = None
         self._blocks: PooledBlocks | None = None
+        self._adapters = Adapters()
         self._handshakes: list[SalternHandshake] = []
         self._shards: tuple[Shard, ...] = ()
         # The worker's side
@@ -188,6 +190,7 @@ class SalternConnector(KVConnectorBase_V1):
 
     def shutdown(self) -> None:
         """End what this role has open."""
+        self._adapters.close()
         if self._session is not None:
             self._session.close()
         if self._worker is not None:
@@ -198,8 +201,11 @@ class SalternConnector(KVConnectorBase_V1):
     def on_new_request(self, request: "Request") -> None:
         """Look a request's prompt up as it arrives."""
         salt = _salt_of(request, require_salt=self._settings.require_salt)
-        if self._planner is not None and salt is not None:
-            self._planner.add(request, salt)
+        if self._planner is None or salt is None:
+            return
+        adapter = self._adapters.identity(request.lora_request) if request.lora_request is not None else b""
+        if adapter is not None:
+            self._planner.add(request, salt, adapter)
 
     def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int | None, bool]:
         """Return what can be loaded beyond the engine's own tokens, always asynchronously."""
@@ -318,8 +324,8 @@ class SalternConnector(KVConnectorBase_V1):
 def _salt_of(request: "Request", *, require_salt: bool) -> str | None:
     """Return the salt of a request that may be cached, None of one that may not.
 
-    Not cached are: what isn't decided by token ids alone (embeddings, images, adapters), what must not
-    be read from a cache (prompt log probabilities), and prompts that may still grow.
+    Not cached are: what token ids don't decide (embeddings, images), what must not be read from a cache
+    (prompt log probabilities), and prompts that may still grow.
     """
     salt = request.cache_salt
     parameters = request.sampling_params
@@ -332,7 +338,6 @@ def _salt_of(request: "Request", *, require_salt: bool) -> str | None:
         and request.prompt_token_ids is not None
         and request.prompt_embeds is None
         and not request.mm_features
-        and request.lora_request is None
         and not request.resumable
     )
     return (salt or "") if is_cacheable else None

@@ -133,9 +133,10 @@ class Phase(Enum):
 class Track:
     """One request: its identity, its growing chain of keys, and its phase."""
 
-    def __init__(self, request: EngineRequest, salt: str) -> None:
+    def __init__(self, request: EngineRequest, salt: str, extras: bytes) -> None:
         self.request = request
         self.salt = salt
+        self.extras = extras
         self.phase = Phase.IDLE
         self.load_failed = False  # then it matches nothing for the rest of its life
         self.incarnation = b""  # of the session that the fields below belong to
@@ -229,10 +230,13 @@ class Planner:
 
     # What vLLM asks, in the order of a request's life
 
-    def add(self, request: EngineRequest, salt: str) -> None:
-        """Take a new request that may be cached, and look its prompt up early."""
+    def add(self, request: EngineRequest, salt: str, extras: bytes = b"") -> None:
+        """Take a new request that may be cached, and look its prompt up early.
+
+        `extras` is what decides its KV beside the tokens, the same for every block: an adapter's identity.
+        """
         try:
-            track = Track(request, salt)
+            track = Track(request, salt, extras)
             self._poll()
             if self._prepare(track, request.num_tokens) and self._responds():
                 self._track_by_id[request.request_id] = track
@@ -370,7 +374,7 @@ class Planner:
         if len(track.tokens) < tokens:
             track.tokens.extend(track.request.all_token_ids[len(track.tokens) : tokens])
         for start in range(len(track.keys) * size, tokens - size + 1, size):
-            track.content = next_content(track.content, track.tokens[start : start + size].tobytes())
+            track.content = next_content(track.content, track.tokens[start : start + size].tobytes(), track.extras)
             track.keys.append(block_key(track.user_key, track.content))
         return True
 
