@@ -5,6 +5,7 @@ import functools
 import os
 import pickle
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -46,7 +47,7 @@ class Job(Future[Any]):
     def run(self) -> None:
         try:
             self.set_result(self._call())
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - handed to whoever awaits the result
             self.set_exception(error)
 
 
@@ -65,7 +66,7 @@ class FakeExecutor(Executor):
             for rank in range(self._options.ranks)
         ]
 
-    def collective_rpc(  # type: ignore[override]
+    def collective_rpc(
         self,
         method: str,
         timeout: float | None = None,
@@ -73,13 +74,13 @@ class FakeExecutor(Executor):
         kwargs: dict[str, Any] | None = None,
         non_block: bool = False,
     ) -> list[Any]:
-        assert isinstance(method, str) and not non_block, "only named calls that are waited for"
+        assert not non_block, "only a step is not waited for"
         return [getattr(worker, method)(*args, **(kwargs or {})) for worker in self.workers]
 
-    def execute_model(self, scheduler_output: SchedulerOutput, non_block: bool = False) -> Any:  # type: ignore[override]
+    def execute_model(self, scheduler_output: SchedulerOutput, non_block: bool = False) -> Any:
         return self._submit("execute_model", scheduler_output, non_block)
 
-    def sample_tokens(self, grammar_output: Any, non_block: bool = False) -> Any:  # type: ignore[override]
+    def sample_tokens(self, grammar_output: Any, non_block: bool = False) -> Any:
         return self._submit("sample_tokens", grammar_output, non_block)
 
     def check_health(self) -> None:
@@ -97,7 +98,7 @@ class FakeExecutor(Executor):
     def _call(self, method: str, argument: Any, sent: bytes | None) -> ModelRunnerOutput | None:
         if sent is None:
             return cast(ModelRunnerOutput | None, getattr(self.workers[0], method)(argument))
-        outputs = [pickle.loads(pickle.dumps(getattr(w, method)(pickle.loads(sent)))) for w in self.workers]
+        outputs = [_piped(getattr(worker, method)(pickle.loads(sent))) for worker in self.workers]  # noqa: S301
         assert self.kv_output_aggregator is not None, "no aggregator"
         return self.kv_output_aggregator.aggregate(outputs)
 
@@ -148,6 +149,7 @@ class Engine:
         self.options = options
         self.answers: dict[str, Answer] = {}
         self.counts = Counts()
+        self._idle_steps = 0  # in a row
         self._requests: dict[str, Request] = {}
         self._sequences: dict[str, Sequence] = {}
         self._max_tokens: dict[str, int] = {}
@@ -157,7 +159,7 @@ class Engine:
         # Which model runner the scheduler addresses is read from the environment, and only at start.
         runner = {"VLLM_USE_V2_MODEL_RUNNER": "1" if options.runner_v2 else "0"}
         # Freezing the heap for garbage collection and caching the environment suit a process with one engine for life.
-        once = dict.fromkeys(("freeze_gc_heap", "enable_envs_cache"), lambda: None)
+        once: dict[str, Any] = dict.fromkeys(("freeze_gc_heap", "enable_envs_cache"), lambda: None)
         config = vllm_config(options, connector, extra or {})
         with mock.patch.dict(os.environ, runner), mock.patch.multiple("vllm.v1.engine.core", **once):
             make_executor = cast(type[Executor], functools.partial(FakeExecutor, self))
@@ -192,7 +194,7 @@ class Engine:
     ) -> None:
         """Send a request. `sampling` goes to vLLM's `SamplingParams`."""
         assert len(prompt) + max_tokens <= self.options.context_tokens, "longer than the context"
-        self._sequences[request_id] = Sequence(prompt, tag=salt or "" if self.options.tag_users else "")
+        self._sequences[request_id] = Sequence(prompt, user_tag(self.options, salt))
         self._max_tokens[request_id] = max_tokens
         self.answers[request_id] = Answer()
         self.counts.requests += 1
@@ -213,11 +215,16 @@ class Engine:
         if request is None or request.is_finished():
             return
         self.counts.aborts += 1
+        self.counts.aborts_during_load += self.is_loading(request_id)
         if while_executing:
             self.core.aborts_queue.put_nowait([request_id])
             return
-        self.counts.aborts_during_load += request.status == RequestStatus.WAITING_FOR_REMOTE_KVS
         self._alive(lambda: self.core.abort_requests([request_id]))
+
+    def is_loading(self, request_id: str) -> bool:
+        """Whether a request waits for its load."""
+        request = self.scheduler.requests.get(request_id)
+        return request is not None and request.status == RequestStatus.WAITING_FOR_REMOTE_KVS
 
     def ask(self, request_id: str, prompt: list[int], salt: str | None = None, max_tokens: int = 1) -> Answer:
         """Send a request, run until nothing is left to do, and return the answer."""
@@ -230,7 +237,7 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether vLLM's busy loop would take another step."""
-        return self.scheduler.has_requests() or bool(self.core.batch_queue)
+        return bool(self.scheduler.has_requests() or self.core.batch_queue)
 
     def step(self) -> bool:
         """Take one step of the busy loop. Returns whether a forward pass was submitted."""
@@ -247,14 +254,20 @@ class Engine:
         return executed
 
     def run(self, until: Callable[[], bool] | None = None) -> None:
-        """Step until nothing is left to do, or until a condition holds. Raises `Stuck` when nothing moves."""
-        idle = 0
+        """Step until nothing is left to do, or until a condition holds."""
         while self.busy and not (until and until()):
-            before = self._progress()
-            idle = 0 if self.step() or self._progress() != before else idle + 1
-            if idle > self.options.idle_steps_max or self.counts.steps > self.options.steps_max:
-                waiting = {request.request_id: request.status.name for request in self.scheduler.requests.values()}
-                raise Stuck(f"after {self.counts.steps} steps, {idle} of them idle, still waiting: {waiting or 'connector'}")
+            self.move()
+
+    def move(self) -> None:
+        """Take one step, and raise `Stuck` when too many in a row moved nothing."""
+        before = self._progress()
+        self._idle_steps = 0 if self.step() or self._progress() != before else self._idle_steps + 1
+        if self._idle_steps > self.options.idle_steps_max or self.counts.steps > self.options.steps_max:
+            waiting = {request.request_id: request.status.name for request in self.scheduler.requests.values()}
+            raise Stuck(
+                f"after {self.counts.steps} steps, the last {self._idle_steps} of them idle, still waiting: "
+                f"{waiting or 'the connector'}"
+            )
 
     def _progress(self) -> tuple[int, ...]:
         """Return numbers that change when something moves without a forward pass."""
@@ -290,7 +303,9 @@ class Engine:
         except Exception as error:
             if self._findings:
                 raise self._findings[0] from error
-            raise EngineDied(f"step {self.counts.steps}: {type(error).__name__}: {error}") from error
+            *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+            place = f"{frame.f_code.co_filename}:{line}, {frame.f_code.co_qualname}"
+            raise EngineDied(f"step {self.counts.steps}: {type(error).__name__}: {error} ({place})") from error
 
     # Asked by the workers
 
@@ -350,13 +365,24 @@ class Engine:
         if free != self.options.blocks - 1:
             left.append(f"{free} of {self.options.blocks - 1} blocks are free")
         left += [line for worker in self.workers for line in worker.leftovers()]
-        left += [f"request {name} got no end" for name, answer in self.answers.items() if self._unfinished(name, answer)]
+        left += [f"request {name} got no end" for name in self.answers if self._is_unanswered(name)]
         left += self._leftovers(self) if self._leftovers else []
         if left:
             raise NotDrained("; ".join(left))
 
-    def _unfinished(self, request_id: str, answer: Answer) -> bool:
-        return answer.finish_reason is None and self._requests[request_id].status != RequestStatus.FINISHED_ABORTED
+    def _is_unanswered(self, request_id: str) -> bool:
+        reason = self.answers[request_id].finish_reason
+        return reason is None and self._requests[request_id].status != RequestStatus.FINISHED_ABORTED
+
+
+def _piped(sent: Any) -> Any:
+    """Return what arrives in another process, pickled as vLLM does between its own."""
+    return pickle.loads(pickle.dumps(sent))  # noqa: S301
+
+
+def user_tag(options: Options, salt: str | None) -> str:
+    """Return what marks a user's KV as this user's. No salt and an empty one are the same user."""
+    return salt or "" if options.tag_users else ""
 
 
 def _of_rank(config: VllmConfig, rank: int) -> VllmConfig:

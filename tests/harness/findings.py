@@ -1,7 +1,7 @@
 """The findings of a run: what a connector did that it must never do."""
 
 
-class Finding(AssertionError):
+class Finding(AssertionError):  # noqa: N818 - the word of the field
     """A connector broke a promise. The message says which one, where, and for whom."""
 
 

@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+import logging
 import os
 import tempfile
 from typing import Any
@@ -18,6 +19,9 @@ from vllm.config import (
     VllmConfig,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+
+# What vLLM has to say about a model that is tiny and a CPU that is plain.
+logging.getLogger("vllm").setLevel(logging.ERROR)
 
 VOCABULARY = 256
 HEAD_SIZE = 4  # elements; K and V of one head in bfloat16 then fill a slot of 16 bytes, two words
@@ -86,7 +90,7 @@ def vllm_config(options: Options, connector: type[KVConnectorBase_V1], extra: di
             kv_connector=connector.__name__,
             kv_connector_module_path=connector.__module__,
             kv_role="kv_both",
-            kv_load_failure_policy=options.load_failure_policy,  # type: ignore[arg-type]
+            kv_load_failure_policy=options.load_failure_policy,
             kv_connector_extra_config=extra,
         ),
     )

@@ -141,7 +141,7 @@ class ReferenceConnector(KVConnectorBase_V1):
         return request.cache_salt, tuple(request.all_token_ids[:end])
 
     def matches(self, request: Request) -> bool:
-        return not request.skip_reading_prefix_cache and request.request_id not in self._failed
+        return not (request.skip_reading_prefix_cache or request.request_id in self._failed)
 
     def readable(self, key: Key) -> bool:
         entry = self._memory.entry_by_key.get(key)
@@ -161,7 +161,8 @@ class ReferenceConnector(KVConnectorBase_V1):
 
     def full_blocks(self, request: Request, scheduled_tokens: int) -> int:
         """Return how many blocks this step fills, of tokens that are known."""
-        return min(request.num_computed_tokens + scheduled_tokens, request.num_tokens) // self._block_tokens
+        known_tokens: int = min(request.num_computed_tokens + scheduled_tokens, request.num_tokens)
+        return known_tokens // self._block_tokens
 
     def shard(self, key: Key) -> Bytes:
         return self._memory.entry_by_key[key].shard_by_rank[self._rank]
@@ -250,7 +251,8 @@ class ReferenceConnector(KVConnectorBase_V1):
                 del self._ranks_by_op[op_id]
                 self.release(op_id)
         for load in self._load_by_request.values():
-            if connector_output.invalid_block_ids.intersection(load.block_ids):
+            is_known = load.request_id in self._request_by_id  # not aborted while it loaded
+            if is_known and connector_output.invalid_block_ids.intersection(load.block_ids):
                 self._failed.add(load.request_id)
         for request_id in connector_output.finished_recving or ():
             self._load_by_request.pop(request_id)

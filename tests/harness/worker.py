@@ -4,6 +4,7 @@ The order in which a connector's hooks are called is not written down here: for 
 the code that calls them is vLLM's own (`KVConnectorModelRunnerMixin`, `ActiveKVConnector`).
 """
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -134,7 +135,7 @@ class Worker:
         return self._with_faults(output)
 
     def _execute_v1(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | None:
-        self.connector.handle_preemptions(scheduler_output.kv_connector_metadata)  # type: ignore[arg-type]
+        self.connector.handle_preemptions(scheduler_output.kv_connector_metadata)
         self._update_states(scheduler_output)
         if not scheduler_output.total_num_scheduled_tokens:
             return KVConnectorModelRunnerMixin.kv_connector_no_forward(scheduler_output, self._config)
@@ -183,7 +184,7 @@ class Worker:
             self.connector.wait_for_layer_load(name)
             for chunk in chunks:
                 self._compute(layer, chunk)
-            self.connector.save_kv_layer(name, torch.empty(0), None)  # type: ignore[arg-type]
+            self.connector.save_kv_layer(name, torch.empty(0), None)
         for chunk in chunks:
             self._check(chunk)
         return ModelRunnerOutput(
@@ -203,16 +204,17 @@ class Worker:
         expected = kv(self._engine.sequence(chunk.request_id).hashes(0, chunk.end), self._keys)
         blocks, slots = self._places(chunk.request_id, 0, chunk.end)
         wrong = self._kv[:, blocks, :, slots] != expected  # [positions, layers, heads, words]
-        if wrong.any():
-            position, layer, head, _ = (int(index[0]) for index in np.nonzero(wrong))
-            self._engine.found(
-                WrongKV(
-                    f"request {chunk.request_id} read wrong KV in rank {self.rank}, layer {layer}, head {head}, position "
-                    f"{position} (block {blocks[position]}, slot {slots[position]}) while computing "
-                    f"[{chunk.start}, {chunk.end}); {int(wrong.any(axis=(1, 2, 3)).sum())} positions are wrong, "
-                    f"in layers {sorted(set(np.nonzero(wrong)[1].tolist()))}"
-                )
+        if not wrong.any():
+            return
+        position, layer, head, _ = (int(index[0]) for index in np.nonzero(wrong))
+        self._engine.found(
+            WrongKV(
+                f"request {chunk.request_id} read wrong KV in rank {self.rank}, layer {layer}, head {head}, "
+                f"position {position} (block {blocks[position]}, slot {slots[position]}) while computing "
+                f"[{chunk.start}, {chunk.end}); {int(wrong.any(axis=(1, 2, 3)).sum())} positions are wrong, "
+                f"in layers {sorted(set(np.nonzero(wrong)[1].tolist()))}"
             )
+        )
 
     def _choose(self, chunk: Chunk) -> list[int]:
         """Return the next token, or nothing when the chunk ends before the last token that is already chosen."""
@@ -234,7 +236,7 @@ class Worker:
         if not changed:
             return
         if stray := changed - self._engine.loading_blocks():
-            self._engine.found(StrayWrite(f"rank {self.rank}: blocks {sorted(stray)} changed, and no load waits for them"))
+            self._engine.found(StrayWrite(f"rank {self.rank}: blocks {sorted(stray)} changed, awaited by no load"))
         self._shadow[:, sorted(changed)] = self._kv[:, sorted(changed)]
 
     def _with_faults(self, output: ModelRunnerOutput) -> ModelRunnerOutput:
@@ -254,7 +256,7 @@ class Worker:
 
     @contextmanager
     def _as_current_connector(self) -> Iterator[None]:
-        """Be the process's only worker for a while: vLLM keeps the connector in a global, one process being one rank."""
+        """Be the process's only rank for a while: vLLM keeps a process's connector in a global."""
         kv_transfer_state._KV_CONNECTOR_AGENT = self.connector
         try:
             yield
@@ -279,7 +281,7 @@ def _words(views: list[torch.Tensor]) -> Words:
     first = views[0]
     pointers = [view.data_ptr() for view in views]
     layer_stride = pointers[1] - pointers[0] if len(views) > 1 else first.numel() * first.element_size()
-    assert all(b - a == layer_stride for a, b in zip(pointers, pointers[1:], strict=False)), "unevenly spaced layers"
+    assert all(b - a == layer_stride for a, b in itertools.pairwise(pointers)), "unevenly spaced layers"
     size = first.element_size()
     word = np.dtype(np.uint64).itemsize
     assert first.stride(3) == 1 and first.shape[3] * size % word == 0, "a slot is not made of whole words"
