@@ -228,7 +228,7 @@ class Worker(Process):
             self.link.close_by_client(losing=world.chance(0.3))
             self.link = None
         if self.outlives_socket:
-            world.after(5 * self.engine.site.copy_delay, self._vanish)
+            world.after(8 * self.engine.site.copy_delay, self._vanish)
         else:
             self._vanish()
 

@@ -374,6 +374,8 @@ class Books:
                 granted: dict[Name, Extent] = {}
                 for grant in grants:
                     name = (ask.user, ask.keys[grant.index])
+                    for earlier in self._extent_by_granted.values():
+                        earlier.pop(name, None)  # it was doomed meanwhile: its late commit publishes nothing
                     granted[name] = grant.extent
                     self._discarded.discard(name)
                     self._extent_by_published.pop(name, None)

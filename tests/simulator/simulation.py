@@ -51,7 +51,7 @@ class Habits:
             give_up_rate=random.choice((0.0, 0.1, 0.4)),
             fault_delay=random.choice((None, 100.0, 40.0, 20.0)),
             fault_weights=tuple(random.choice((0.0, 1.0, 4.0)) for _ in range(9)),
-            users_share_keys=random.random() < 0.3,
+            users_share_keys=random.random() < 0.5,
         )
 
 
@@ -140,7 +140,7 @@ class Simulation:
             self,
             name or f"engine {self._names}",
             namespace or self.world.random.choice(self.namespaces),
-            outlives_socket=self.world.chance(0.4),
+            outlives_socket=self.world.chance(0.5),
         )
         self.engines.append(engine)
 

@@ -32,7 +32,7 @@ from tests.simulator.server import Server
 from tests.simulator.simulation import Simulation
 
 SEEDS = 40
-SEEDS_TO_CATCH = 120
+SEEDS_TO_CATCH = 300
 """Enough for the rarest of the bugs below, several times over."""
 
 Plant = Callable[[pytest.MonkeyPatch], None]
