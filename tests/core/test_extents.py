@@ -1,5 +1,7 @@
 """The page pool: whatever is taken and given back, runs tile the arena and extents are as few runs as they can be."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
@@ -56,7 +58,7 @@ class PoolMachine(RuleBasedStateMachine):
     @invariant()
     def free_runs_never_touch(self) -> None:
         runs = sorted((run.start, run.count) for run in self.pool.free_runs())
-        for (start, count), (following, _) in zip(runs, runs[1:], strict=False):
+        for (start, count), (following, _) in pairwise(runs):
             assert start + count < following
 
 
