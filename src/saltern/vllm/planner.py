@@ -40,6 +40,7 @@ from saltern.core.keys import (
     user_id,
 )
 from saltern.core.messages import (
+    KEYS_MAX,
     Abort,
     Acquire,
     Acquired,
@@ -359,7 +360,14 @@ class Planner:
     # Asking
 
     def _prepare(self, track: Track, tokens: int) -> bool:
-        """Bring a request's keys up to its first `tokens` tokens, in the present session; False without one."""
+        """Bring a request's keys up to its first `tokens` tokens, in the present session; False without one.
+
+        Raises for token ids that are none, with or without a session: so `add` meets all that the prompt has.
+        """
+        size = self._geometry.block_tokens
+        tokens = min(tokens, KEYS_MAX * size)  # what no message can name is not cached
+        if len(track.tokens) < tokens:
+            track.tokens.extend(track.request.all_token_ids[len(track.tokens) : tokens])
         if not self._session.is_open:
             return False
         if track.incarnation != self._session.incarnation:
@@ -370,9 +378,6 @@ class Planner:
             track.keys.clear()
             track.offered = 0
             track.acquired_at = float("inf")
-        size = self._geometry.block_tokens
-        if len(track.tokens) < tokens:
-            track.tokens.extend(track.request.all_token_ids[len(track.tokens) : tokens])
         for start in range(len(track.keys) * size, tokens - size + 1, size):
             track.content = next_content(track.content, track.tokens[start : start + size].tobytes(), track.extras)
             track.keys.append(block_key(track.user_key, track.content))
