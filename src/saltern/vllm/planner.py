@@ -552,14 +552,16 @@ class Planner:
         request, size, slots = track.request, self._geometry.block_tokens, self._geometry.slots
         computed = request.num_computed_tokens + scheduled_tokens - request.num_output_placeholders
         known = request.num_prompt_tokens if self._store is StoreMode.PROMPT else request.num_tokens
+        if not self._prepare(track, min(computed, known) // size * size):
+            return
+        first = track.offered  # 0 in a new session
         room = int(HELD_SHARE_MAX * self._blocks.total) - self._held
-        full = min(min(computed, known) // size, track.offered + room // slots)  # the rest with a later step
-        if full <= track.offered or not self._prepare(track, full * size) or not self._responds():
+        full = min(min(computed, known) // size, len(track.keys), first + room // slots)  # the rest with a later step
+        if full <= first or not self._responds():
             return
         block_ids = block_ids_of(request.request_id)
         if block_ids is None:
             return
-        first = track.offered  # 0 in a new session
         held = tuple(block_ids[first * slots : full * slots])
         message = Reserve(
             next(self._numbers), track.user, tuple(track.keys[:full]), start=first, acquired_at=track.acquired_at
