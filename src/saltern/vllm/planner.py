@@ -577,6 +577,7 @@ class Planner:
             self._free(operation.held)
         if is_failed and not operation.is_store:
             operation.track.load_failed = True
+            operation.track.offered = 0  # the cache loses what the request will now compute itself
         if operation.copy.incarnation != self._session.incarnation:
             return  # the lease went with its session
         if operation.is_store:
