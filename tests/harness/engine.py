@@ -224,7 +224,7 @@ class Engine:
     def is_loading(self, request_id: str) -> bool:
         """Whether a request waits for its load."""
         request = self.scheduler.requests.get(request_id)
-        return request is not None and request.status == RequestStatus.WAITING_FOR_REMOTE_KVS
+        return bool(request and request.status == RequestStatus.WAITING_FOR_REMOTE_KVS)
 
     def ask(self, request_id: str, prompt: list[int], salt: str | None = None, max_tokens: int = 1) -> Answer:
         """Send a request, run until nothing is left to do, and return the answer."""
@@ -251,7 +251,7 @@ class Engine:
             raise self._findings[0]
         if not executed and self.options.idle_seconds and self.scheduler.has_requests():
             time.sleep(self.options.idle_seconds)  # as vLLM's loop does, to let transfer threads have the interpreter
-        return executed
+        return bool(executed)
 
     def run(self, until: Callable[[], bool] | None = None) -> None:
         """Step until nothing is left to do, or until a condition holds."""

@@ -112,9 +112,9 @@ class ReferenceConnector(KVConnectorBase_V1):
         self._load_steps: int = setting("reference.load_steps", 0)
         self._store_steps: int = setting("reference.store_steps", 0)
         self._fail_every: int = setting("reference.fail_every", 0)
-        self._ranks = vllm_config.parallel_config.world_size
+        self._ranks: int = vllm_config.parallel_config.world_size
         self._rank = vllm_config.parallel_config.rank
-        self._block_tokens = vllm_config.cache_config.block_size
+        self._block_tokens: int = vllm_config.cache_config.block_size
         # Scheduler
         self._request_by_id: dict[str, Request] = {}
         self._failed: set[str] = set()
@@ -141,7 +141,7 @@ class ReferenceConnector(KVConnectorBase_V1):
         return request.cache_salt, tuple(request.all_token_ids[:end])
 
     def matches(self, request: Request) -> bool:
-        return not (request.skip_reading_prefix_cache or request.request_id in self._failed)
+        return not bool(request.skip_reading_prefix_cache or request.request_id in self._failed)
 
     def readable(self, key: Key) -> bool:
         entry = self._memory.entry_by_key.get(key)
