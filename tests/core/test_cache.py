@@ -547,6 +547,34 @@ def test_leases_of_a_device_that_still_writes_do_not_fall_with_its_socket() -> N
     assert rig.reserve(other, BOB, "x").refusal is None
 
 
+def test_a_worker_that_says_hello_anew_has_drained() -> None:
+    """Or else an engine that lives for weeks would keep pinned what one lost connection left behind."""
+    rig = Rig(pages=1)
+    worker = rig.worker(b"w", outlives_socket=True)
+    engine = rig.scheduler("engine", [b"w"])
+    rig.reserve(engine, ALICE, "a")
+    rig.hang_up(engine)
+    rig.handle(Disconnected(worker))
+    assert rig.used_pages == 1
+    rig.worker(b"w", outlives_socket=True)
+    assert (rig.used_pages, rig.cache.sessions) == (0, [])
+    assert rig.handle(Gone(worker)) == [], "long afterwards"
+
+
+def test_a_worker_may_be_back_before_its_loss_is_noticed() -> None:
+    rig = Rig()
+    workers = [rig.worker(b"w%d" % rank, rank=rank, world_size=2) for rank in range(2)]
+    engine = rig.scheduler("engine", [b"w0", b"w1"])
+    rig.worker(b"w0", rank=0, world_size=2)
+    assert {send.connection for send in rig.effects if isinstance(send, Send)} >= {engine, workers[1]}
+    rig.hang_up(workers[0])
+    rig.hang_up(workers[1])
+    rig.hang_up(engine)
+    rig.worker(b"w1", rank=1, world_size=2)
+    second = rig.scheduler("engine", [b"w0", b"w1"])
+    assert len(rig.sent(Attached, second)) == 1
+
+
 def test_a_new_incarnation_waits_until_its_workers_come_back() -> None:
     rig = Rig()
     worker = rig.worker(b"w")

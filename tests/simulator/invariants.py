@@ -9,6 +9,7 @@ from saltern.core.cache import Cache
 from saltern.core.effects import Close, Disconnected, Effect, Event, Gone, Received, Send
 from saltern.core.extents import Extent
 from saltern.core.keys import Key, UserId
+from saltern.core.leases import SessionState
 from saltern.core.messages import (
     Abort,
     Acquire,
@@ -63,11 +64,10 @@ class Checker:
     def check_calm(self) -> None:
         """Check that nothing is held or awaited once everybody is alive and nobody asks for anything."""
         for session in self._cache.sessions:
-            lingering = session.control is None  # its device may still write: see `Gone`
-            if session.state.value != "open" and not lingering:
+            if session.state is not SessionState.OPEN:
                 violated(Invariant.WAITS, f"the session of {session.engine} is {session.state.value} for ever")
-            if session.lease_by_id and not lingering:
-                violated(Invariant.WAITS, f"{session.engine} holds leases {session.lease_by_id} for ever")
+            if session.lease_by_id:
+                violated(Invariant.WAITS, f"{session.engine} holds leases {list(session.lease_by_id)} for ever")
 
     def check_drained(self) -> None:
         """Check that a server without engines holds nothing but READY blocks, and without those nothing at all."""
@@ -131,7 +131,7 @@ class Checker:
                         violated(Invariant.VICTIMS, f"{seen.block} was evicted with {seen.pins} pins")
                 if len(gone) != evicted:
                     violated(Invariant.VICTIMS, f"{len(gone)} blocks are gone, {evicted} are counted as evicted")
-            case Received(message=Abort()) | Disconnected() | Gone():
+            case Received(message=Abort() | WorkerHello()) | Disconnected() | Gone():
                 for seen in gone.values():
                     if not any(above.state is BlockState.WRITING for above in self._lineage(seen)):
                         violated(Invariant.VICTIMS, f"{seen.block} fell with a session that wrote nothing above it")
@@ -178,7 +178,7 @@ class Checker:
                     linked is not None and linked.length != session.block_bytes
                 )
             case Refusal.NO_SESSION:
-                justified = session.state.value != "open"
+                justified = session.state is not SessionState.OPEN
             case None:
                 justified = answer.upto == len(ask.keys)
         if not justified:
@@ -413,6 +413,9 @@ class Sessions:
                         violated(Invariant.UNIQUE, f"{hello.engine} is connected on {rivals} and {connection}")
                     self._hello_by_control[connection] = hello
             case Received(connection, WorkerHello() as worker):
+                for earlier, other in list(self._worker_by_connection.items()):
+                    if other.name == worker.name:
+                        self._check_loss(earlier, sends)
                 self._worker_by_connection[connection] = worker
             case Received(connection, Acquire() | Reserve()):
                 for send in sends:

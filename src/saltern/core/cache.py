@@ -199,9 +199,14 @@ class Cache:
     def _open_lifeline(self, connection: ConnectionId, hello: WorkerHello) -> None:
         if connection in self.session_by_control or connection in self.lifeline_by_connection:
             raise ViolationError("a second hello on one connection")
+        for earlier in [old for old in self.lifeline_by_connection.values() if old.name == hello.name]:
+            # A worker says hello anew only once it has drained. Waiting for its process would pin for as long as
+            # the engine runs what one lost connection left behind, where a device may outlive its socket.
+            self._disconnect(earlier.connection)
+            self._forget_lifeline(earlier.connection)
         lifeline = Lifeline(connection, name=hello.name, rank=hello.rank)
         self.lifeline_by_connection[connection] = lifeline
-        self.lifeline_by_name[hello.name] = lifeline  # a worker that came back; its old session keeps the old one
+        self.lifeline_by_name[hello.name] = lifeline
         self._welcome(connection)
         for session in self.sessions:
             if session.state is SessionState.WAITING and hello.name in session.workers:

@@ -56,6 +56,9 @@ class SchedulerHello(Struct, frozen=True, array_like=True, tag=1):
 class WorkerHello(Struct, frozen=True, array_like=True, tag=2):
     """Open a worker's lifeline. `name` is random bytes that the worker's scheduler knows it by.
 
+    A name belongs to one process. Saying hello anew by it says that the process has drained: nothing of it touches
+    the arena any more for the sessions before.
+
     With `outlives_socket` (a GPU may still write when the socket is closed) the session's leases fall
     only when the process is gone, not when its lifeline is.
     """
