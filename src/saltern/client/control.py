@@ -49,12 +49,12 @@ class Control:
         """Return the replies that are there, waiting up to `timeout` seconds for at least one."""
         deadline = time.monotonic() + timeout
         while True:
-            self._flush()
-            replies, ended = self._read()
+            replies, ended = self._read()  # before anything is sent: what the server said last explains a failure
             if replies:
                 return replies
             if ended:
                 raise self._end(f"the server on {self._path} closed the connection")
+            self._flush()
             wait_seconds = deadline - time.monotonic()
             if wait_seconds <= 0:
                 return []
