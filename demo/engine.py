@@ -19,6 +19,8 @@ from typing import IO, Self
 
 import msgspec
 
+from demo.interrupts import deferred
+
 START_SECONDS_MAX = 180.0  # a quiet machine with two cores takes 25; a loaded one several times that
 STOP_SECONDS_MAX = 20.0
 REQUEST_SECONDS_MAX = 300.0  # 7,000 tokens computed cold on two busy cores take the better part of a minute
@@ -111,12 +113,12 @@ class Engine:
         """
         assert self._process is None, "an engine is started once, or again after stop"
         self.port = _free_port()
-        # vLLM leaves its sockets behind in the folder for temporary files, so it gets one that goes with it.
-        self._scratch = tempfile.TemporaryDirectory(prefix="saltern-engine-")
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        with self.log_path.open("ab") as log:
-            self._process = self._spawn(log, scratch=self._scratch.name)
         try:
+            with deferred(), self.log_path.open("ab") as log:
+                # vLLM leaves its sockets behind in the folder for temporary files, so it gets one that goes with it.
+                self._scratch = tempfile.TemporaryDirectory(prefix="saltern-engine-")
+                self._process = self._spawn(log, scratch=self._scratch.name)
             self._wait_until_healthy(seconds_max)
         except BaseException:
             self.kill()
@@ -137,6 +139,10 @@ class Engine:
 
         Spared until the last is Python's resource tracker: it unlinks the shared memory of processes that died.
         """
+        with deferred():
+            self._kill()
+
+    def _kill(self) -> None:
         if self._process is None:
             return
         for pid in _living(self.pid):
@@ -243,7 +249,7 @@ class Engine:
             **({} if salt is None else {"cache_salt": salt}),
             **(fields or {}),
         }
-        connection = self._connect()
+        connection = self.connect()
         try:
             sent_at = time.monotonic()
             response = _send(connection, "POST", "/v1/completions", msgspec.json.encode(body))
@@ -255,7 +261,7 @@ class Engine:
 
     def get(self, path: str) -> str:
         """Fetch a page such as `/metrics`. Raises as `complete` does."""
-        connection = self._connect()
+        connection = self.connect()
         try:
             return _send(connection, "GET", path).read().decode()
         except (OSError, HTTPException) as error:
@@ -263,7 +269,18 @@ class Engine:
         finally:
             connection.close()
 
-    def _connect(self) -> HTTPConnection:
+    def post(self, path: str, body: Mapping[str, object]) -> bytes:
+        """Send a request as JSON and return the answer as it is. Raises as `complete` does."""
+        connection = self.connect()
+        try:
+            return _send(connection, "POST", path, msgspec.json.encode(body)).read()
+        except (OSError, HTTPException) as error:
+            raise EngineError(f"vLLM did not answer {path}: {error!r}.\n{self.log_tail()}") from error
+        finally:
+            connection.close()
+
+    def connect(self) -> HTTPConnection:
+        """Return a connection of one's own to the API server."""
         return HTTPConnection("127.0.0.1", self.port, timeout=REQUEST_SECONDS_MAX)
 
 

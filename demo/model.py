@@ -14,6 +14,8 @@ from pathlib import Path
 
 import msgspec
 
+from demo.interrupts import Interrupted, interruptible
+
 MODEL_NAME = "SmolLM2-135M-Instruct"
 MODELS_FOLDER = Path(__file__).resolve().parent.parent / ".cache" / "models"
 GGUF_NAME = f"{MODEL_NAME}.Q4_1.gguf"
@@ -94,10 +96,13 @@ def _write_json(path: Path, fields: dict[str, object]) -> None:
 def main() -> int:
     """Print the model's folder, for shell scripts and the Makefile."""
     try:
-        print(ensure_model())
+        # Nothing to clean up: an interrupted conversion removes its folder itself.
+        print(interruptible(ensure_model, clean_up=lambda: None))
     except FileNotFoundError as error:
         print(error, file=sys.stderr)
         return 1
+    except Interrupted as interrupted:
+        return interrupted.exit_status
     return 0
 
 
