@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -62,12 +61,24 @@ class Server:
         return self.log_path.read_text(encoding="utf-8")
 
     def start(self) -> None:
-        """Start a process and wait until it takes connections."""
+        """Start a process and wait until it is ready. Fails with its log if it ends instead."""
         assert self._process is None, "the server is running already"
         command = [sys.executable, "-m", "saltern.cli", "serve", "--config", str(self.folder / "saltern.toml")]
         with self.log_path.open("ab") as log:
-            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=log, env=self._environment)
-        until(self._listens, f"the server starts; its log:\n{self.log}")
+            log_begins = log.tell()
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=log, env=self._environment)
+
+        def ready() -> bool:
+            said = self.log_path.read_bytes()[log_begins:].decode()
+            assert process.poll() is None, f"the server ended at once:\n{said}"
+            return "ready: listening" in said
+
+        self._process = process
+        try:
+            until(ready, "the server is ready")
+        except AssertionError:
+            self.close()
+            raise
 
     def stop(self) -> int:
         """Stop it as an operator does, and return the exit status."""
@@ -93,12 +104,6 @@ class Server:
         process.send_signal(number)
         return process.wait(PATIENCE_SECONDS)
 
-    def _listens(self) -> bool:
-        assert self._process is not None
-        assert self._process.poll() is None, f"the server ended at once:\n{self.log}"
-        with socket.socket(socket.AF_UNIX) as probe:
-            return probe.connect_ex(self.path) == 0
-
 
 @contextmanager
 def serving(
@@ -110,6 +115,7 @@ def serving(
     server: Settings | None = None,
     log: Settings | None = None,
     prefault: bool = False,
+    start: bool = True,
 ) -> Iterator[Server]:
     """Run a server for the length of a `with` block; leaves nothing behind.
 
@@ -127,7 +133,8 @@ def serving(
     }
     (folder / "saltern.toml").write_text(as_toml(tables), encoding="utf-8")
     try:
-        running.start()
+        if start:
+            running.start()
         yield running
     finally:
         running.close()
@@ -176,6 +183,7 @@ class Engine:
         self.control = Control.connect(path)
         welcome = self.ask(self.hello)
         assert isinstance(welcome, Welcome), welcome
+        self.welcome = welcome
         attached = self.receive()
         assert isinstance(attached, Attached), attached
 

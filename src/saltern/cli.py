@@ -75,7 +75,7 @@ def _stats(options: argparse.Namespace) -> int:
         snapshot = fetch_stats(options.socket)
     except ConnectionLost as error:
         return _complain(str(error), EXIT_FAILED)
-    print(msgspec.json.encode(snapshot).decode() if options.json else describe(snapshot))
+    print(msgspec.json.encode(snapshot).decode() if options.json else describe(snapshot), flush=True)
     return 0
 
 

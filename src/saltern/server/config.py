@@ -44,8 +44,8 @@ class ConfigError(Exception):
     """A setting is wrong. The text says which, where, and what would be right."""
 
 
-class Size(int):
-    """A number of bytes, written as "64 GiB" or as a plain number."""
+Size = Annotated[int, Meta(ge=1)]
+"""A number of bytes, written as "64 GiB" or as a plain number."""
 
 
 class ServerSettings(Struct, frozen=True):
@@ -66,8 +66,8 @@ class ServerSettings(Struct, frozen=True):
 class ArenaSettings(Struct, frozen=True):
     """The RAM tier."""
 
-    size: Size = Size(4 * 1024**3)
-    page_size: Size = Size(64 * 1024)  # a block wastes half of one on average
+    size: Size = 4 * 1024**3
+    page_size: Size = 64 * 1024  # a block wastes half of one on average
     prefault: bool = True
     huge_pages: bool = True
 
@@ -156,38 +156,37 @@ def _read(path: Path) -> Config:
         raise ConfigError(f"{path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from None
-    _refuse_unknown(path, text, tree, Config, place=())
+    tree = _resolve(path, text, tree, Config, place=())
     try:
-        return msgspec.convert(tree, Config, dec_hook=_decode)
+        return msgspec.convert(tree, Config)
     except msgspec.ValidationError as error:
         raise ConfigError(_say(path, text, str(error))) from None
 
 
-def _refuse_unknown(path: Path, text: str, tree: dict[str, Any], kind: type[Struct], *, place: tuple[str, ...]) -> None:
+def _resolve(
+    path: Path, text: str, tree: dict[str, Any], kind: type[Struct], *, place: tuple[str, ...]
+) -> dict[str, Any]:
+    """Return a table with its sizes as numbers. Refuses names that `kind` doesn't have."""
     field_by_name = {field.name: field for field in msgspec.structs.fields(kind)}
+    resolved = dict(tree)
     for name, value in tree.items():
+        here = (*place, name)
         field = field_by_name.get(name)
         if field is None:
             near = difflib.get_close_matches(name, field_by_name, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(field_by_name)}"
             where = f"in [{'.'.join(place)}]" if place else "at the top"
-            raise ConfigError(f"{_at(path, text, (*place, name))}: unknown setting {name} {where}; {hint}")
+            raise ConfigError(f"{_at(path, text, here)}: unknown setting {name} {where}; {hint}")
         if isinstance(value, dict) and isinstance(field.type, type) and issubclass(field.type, Struct):
-            _refuse_unknown(path, text, value, field.type, place=(*place, name))
+            resolved[name] = _resolve(path, text, value, field.type, place=here)
+        elif isinstance(value, str) and field.type in (Size, Size | None):
+            resolved[name] = _size(value, f"{_at(path, text, here)}: {'.'.join(here)}")
+    return resolved
 
 
-def _decode(kind: type, value: object) -> object:
-    assert kind is Size, f"settings hold a {kind.__name__}, which nothing decodes"
-    if isinstance(value, str):
-        return Size(parse_size(value))
-    if isinstance(value, int) and not isinstance(value, bool):
-        return Size(value)
-    raise ValueError(f"expected a size such as 64 GiB, got {value!r}")
-
-
-def _size(text: str, where: str) -> Size:
+def _size(text: str, where: str) -> int:
     try:
-        return Size(parse_size(text))
+        return parse_size(text)
     except ValueError as error:
         raise ConfigError(f"{where}: {error}") from None
 

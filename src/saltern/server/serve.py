@@ -38,12 +38,12 @@ def serve(config: Config) -> None:
 
 
 def _prepare(config: Config, listener: Listener, secret: bytes) -> tuple[Arena, Loop]:
-    pages = config.arena.size // config.arena.page_size
+    pages = int(config.arena.size) // config.arena.page_size
     check_memory(pages * config.arena.page_size)
     arena = Arena(total_bytes=pages * config.arena.page_size, huge_pages=config.arena.huge_pages)
     cache = Cache(
         pages=pages,
-        page_bytes=config.arena.page_size,
+        page_bytes=int(config.arena.page_size),  # messages hold plain integers
         limits=config.tenants.default.limits,
         naming_secret=secret,
     )

@@ -1,0 +1,154 @@
+"""What holds for the settings file: whatever is wrong in it is named with its place."""
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from saltern.paths import default_socket_path
+from saltern.server.config import ConfigError, ServerSettings, load_config, naming_secret
+from saltern.sizes import format_size, parse_size
+
+
+def load(folder: Path, text: str, **overrides: str) -> object:
+    path = folder / "saltern.toml"
+    path.write_text(text, encoding="utf-8")
+    return load_config(path, **overrides)
+
+
+def test_everything_may_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/7")
+    config = load_config(None)
+    assert config.server.socket_path == Path("/run/user/7/saltern/saltern.sock")
+    assert config.arena.size == 4 * 1024**3
+    assert config.tenants.default.limits.limit_bytes is None
+    monkeypatch.delenv("XDG_RUNTIME_DIR")
+    assert default_socket_path() == Path(f"/tmp/saltern-{os.getuid()}/saltern.sock")
+
+
+def test_every_setting_that_the_file_may_have_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "saltern.toml"
+    path.write_text(
+        """
+        [server]
+        socket = "/run/s.sock"
+        socket_mode = 0o660
+        allowed_uids = [0, 1000]
+        connections_max = 7
+        secret_file = "key"
+        [arena]
+        size = "2 GiB"
+        page_size = 131072
+        prefault = false
+        huge_pages = false
+        [tenants.default]
+        limit = "1.5 GiB"
+        user_limit = "200 MB"
+        [log]
+        level = "warning"
+        format = "json"
+        """,
+        encoding="utf-8",
+    )
+    config = load_config(path)
+    assert config.server == ServerSettings(
+        socket="/run/s.sock", socket_mode=0o660, allowed_uids=(0, 1000), connections_max=7, secret_file="key"
+    )
+    assert (config.arena.size, config.arena.page_size) == (2 * 1024**3, 131072)
+    assert not config.arena.prefault
+    assert not config.arena.huge_pages
+    limits = config.tenants.default.limits
+    assert (limits.limit_bytes, limits.user_limit_bytes) == (3 * 1024**3 // 2, 200_000_000)
+    assert (config.log.level, config.log.format) == ("warning", "json")
+
+
+def test_the_command_line_stands_above_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "saltern.toml"
+    path.write_text('[server]\nsocket = "/a"\n[arena]\nsize = "1 GiB"\nprefault = false', encoding="utf-8")
+    config = load_config(path, socket="/b", arena="2 GiB")
+    assert config.server.socket == "/b"
+    assert config.arena.size == 2 * 1024**3
+    assert not config.arena.prefault
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("[arena]\nsize = 5000\npage_sise = 4096", ":3: unknown setting page_sise in [arena]; did you mean page_size?"),
+        ("[arenas]\nsize = '1 GiB'", ":1: unknown setting arenas at the top; did you mean arena?"),
+        ("[log]\n\nqqq = 1", ":3: unknown setting qqq in [log]; known are level, format"),
+        ("arena.sise = 1", ":1: unknown setting sise in [arena]; did you mean size?"),
+        ("[tenants.acme]\nlimit = 5", ":1: unknown setting acme in [tenants]; known are default"),
+        ("[tenants.default]\nuserlimit = 5", ":2: unknown setting userlimit in [tenants.default]; did you"),
+        ("[arena]\nsize = '64 GiBB'", ":2: arena.size: '64 GiBB' is not a size: write a number and a unit, such as"),
+        ("[arena]\nsize = true", ":2: arena.size: expected `int`, got `bool`"),
+        ("[arena]\nprefault = 'yes'", ":2: arena.prefault: expected `bool`, got `str`"),
+        ("[server]\n# more\nconnections_max = 0", ":3: server.connections_max: expected `int` >= 1"),
+        ("[server]\nallowed_uids = [1, 'x']", ":2: server.allowed_uids: expected `int`, got `str`"),
+        ("[log]\nlevel = 'loud'", ":2: log.level: invalid enum value 'loud'"),
+        ("arena = 5", ":1: arena: expected `object`, got `int`"),
+        ("[arena\n", "at line 1"),
+        ("[arena]\npage_size = 5000", "arena.page_size: 5000 is not a power of two from 4 KiB up"),
+        ("[arena]\nsize = 5000", "arena.size: 4.9 KiB is less than one page"),
+        ("[tenants.default]\nuser_limit = 7", "tenants.default.user_limit: 7 B is less than one page of the arena"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_named_with_its_place(tmp_path: Path, text: str, complaint: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load(tmp_path, text)
+    assert str(error.value).startswith(str(tmp_path / "saltern.toml"))
+    assert complaint in str(error.value)
+
+
+def test_a_missing_file_and_a_wrong_argument_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.toml: No such file"):
+        load_config(tmp_path / "nowhere.toml")
+    with pytest.raises(ConfigError, match="--arena: 'much' is not a size"):
+        load_config(None, arena="much")
+
+
+@given(st.text(max_size=12), st.text(max_size=12))
+def test_no_file_breaks_the_reader(tmp_path_factory: pytest.TempPathFactory, name: str, value: str) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.toml"
+    for text in (f"{name} = {value}", f"[arena]\n{name} = '{value}'", f"[{name}]\nx = 1"):
+        path.write_text(text, encoding="utf-8")
+        try:
+            load_config(path)
+        except ConfigError as error:
+            assert str(error).startswith(str(path))  # noqa: PT017 - either outcome is right
+
+
+@given(st.integers(1, 2**50))
+def test_a_size_is_read_as_it_is_written(size: int) -> None:
+    assert parse_size(str(size)) == size
+    assert abs(parse_size(format_size(size)) - size) <= 0.05 * 1024 ** (len(bin(size)) // 10) + size * 0.001
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("64 GiB", 64 * 1024**3), ("1.5kib", 1536), ("2MB", 2_000_000), ("1 TiB", 1024**4), (" 7 ", 7), ("3 B", 3)],
+)
+def test_sizes_have_decimal_and_binary_units(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+def test_a_naming_secret_is_made_once_and_for_its_owner_alone(tmp_path: Path) -> None:
+    settings = ServerSettings(secret_file=str(tmp_path / "naming.key"))
+    secret = naming_secret(settings)
+    assert len(secret) == 32
+    assert naming_secret(settings) == secret
+    assert stat.S_IMODE((tmp_path / "naming.key").stat().st_mode) == 0o600
+    (tmp_path / "naming.key").chmod(0o640)
+    with pytest.raises(ConfigError, match=r"others may read .*: chmod 600 it"):
+        naming_secret(settings)
+    (tmp_path / "naming.key").chmod(0o600)
+    (tmp_path / "naming.key").write_bytes(b"short")
+    with pytest.raises(ConfigError, match="holds 5 bytes, a secret has 32"):
+        naming_secret(settings)
+
+
+def test_without_a_file_every_start_has_its_own_secret() -> None:
+    assert naming_secret(ServerSettings()) != naming_secret(ServerSettings())
