@@ -52,7 +52,7 @@ def test_stats_are_a_table_for_people_and_json_for_programs() -> None:
             "616c6963652020202020202020202020       3  192 KiB of 256 KiB (75%)",
             "",
             "engine         state  workers   block  reads  writes",
-            "llama\\x1b[31m  open         1  64 KiB      1       0",
+            "llama\\x1b[31m   open        1  64 KiB      1       0",
         ]
         snapshot = msgspec.json.decode(read.stdout, type=Snapshot)
         assert snapshot.tenants[0].user_limit_bytes == 256 * 1024

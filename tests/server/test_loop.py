@@ -294,6 +294,25 @@ def test_leases_of_a_device_hold_until_its_process_is_gone() -> None:
         assert server.stats().arena.pinned_blocks == 0
 
 
+def test_a_device_that_says_hello_anew_has_drained() -> None:
+    with serving() as server:
+        descriptors = len(list(Path(f"/proc/{server.pid}/fd").iterdir()))
+        name = os.urandom(NAME_BYTES)
+        with engine_at(server.path) as engine:
+            store(engine, 2)
+        for _ in range(3):
+            peer = Peer(server)
+            peer.send(peer.wire.preamble + worker_hello(name, outlives_socket=True))
+            engine = Engine(server.path, workers=(name,))
+            assert len(server.stats().sessions) == 1, "the session before still holds its leases"
+            pin(engine, 2)
+            engine.close()
+            peer.close()
+        until(lambda: server.stats().sessions[0].state == "ended", "the last session ends")
+        # The lifeline's socket is closed, and one pidfd watches this process.
+        until(lambda: len(list(Path(f"/proc/{server.pid}/fd").iterdir())) == descriptors + 1, "the others are closed")
+
+
 def test_a_worker_that_the_server_turns_away_keeps_what_it_may_be_copying() -> None:
     with serving() as server:
         peer, name = Peer(server), os.urandom(NAME_BYTES)
@@ -420,7 +439,7 @@ def test_decisions_are_logged_one_a_line() -> None:
     with serving(log={"format": "json"}) as server:
         with engine_at(server.path, engine='tricky" name\n') as engine:
             store(engine, 3)
-        until(lambda: "session-ended" in server.log, "the end is logged")
+        until(lambda: all(f'"{event}"' in server.log for event in ("stored", "session-ended")), "all is logged")
         by_event = {line["event"]: line for line in map(json.loads, server.log.splitlines())}
         assert by_event["stored"]["blocks"] == 3
         assert by_event["stored"]["tenant"] == "default"

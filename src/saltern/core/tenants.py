@@ -79,6 +79,8 @@ class Tenant:
         if not user.used_pages:
             self.user_by_id.pop(user.id, None)
             self.order.withdraw(user)
+            # Its order still knows blocks that know their user. Without this cycle no collector needs to run.
+            user.order = EvictionOrder()
 
     def first_victim(self) -> Block | None:
         """Return the tenant's block that is evicted next."""

@@ -13,7 +13,7 @@ no longer touches the arena:
                                                               └──────┘
 
 Only lifelines are PARTED; other connections are closed at once. `Gone` of a worker whose device may outlive its socket
-waits for the end of its process, of which a pidfd tells.
+waits for the end of its process, of which a pidfd tells, or for the same worker's next hello.
 """
 
 import gc
@@ -77,7 +77,7 @@ class _Connection:
         self.arena_at: int | None = None  # which byte of `outgoing` the arena's descriptor goes with
         self.state = _State.OPEN
         self.flush_until = 0.0
-        self.is_lifeline = False
+        self.worker: bytes | None = None  # the name, on a lifeline
         self.pidfd: int | None = None  # of a worker whose device may still write when its socket is closed
         self.polled = select.EPOLLIN
 
@@ -120,7 +120,7 @@ class Loop:
         self._ids = count(1)
         self._connection_by_fd: dict[int, _Connection] = {}
         self._connection_by_id: dict[ConnectionId, _Connection] = {}
-        self._id_by_pidfd: dict[int, ConnectionId] = {}
+        self._ended_by_pidfd: dict[int, _Connection] = {}  # closed, but the process behind it may still write
         self._events: deque[Event] = deque()
         self._unhandled: dict[ConnectionId, _Connection] = {}  # with messages left over from their last turn
         self._unflushed: dict[ConnectionId, _Connection] = {}  # with messages of this turn to send
@@ -169,7 +169,7 @@ class Loop:
                     self._flush(connection)
                 if happened & ~select.EPOLLOUT:
                     self._read(connection)
-            elif fd in self._id_by_pidfd:
+            elif fd in self._ended_by_pidfd:
                 self._process_ended(fd)
             elif fd == self._listener.socket.fileno():
                 self._accept()
@@ -243,7 +243,9 @@ class Loop:
 
     def _watch(self, connection: _Connection, hello: WorkerHello) -> bool:
         """Learn when a worker can no longer touch the arena, or refuse it."""
-        connection.is_lifeline = True
+        connection.worker = hello.name
+        for pidfd in [pidfd for pidfd, ended in self._ended_by_pidfd.items() if ended.worker == hello.name]:
+            self._process_ended(pidfd)  # it has drained, or it would not be here again
         if hello.outlives_socket and connection.pidfd is None:
             try:
                 connection.pidfd = os.pidfd_open(connection.peer.pid)
@@ -289,7 +291,7 @@ class Loop:
 
     def _part(self, connection: _Connection) -> None:
         """End a connection from our side; a worker still has the arena until it closes its own."""
-        if not connection.is_lifeline:
+        if connection.worker is None:
             self._end(connection)
             return
         connection.state = _State.PARTED
@@ -316,7 +318,7 @@ class Loop:
         if connection.pidfd is None:
             self._handle(Gone(connection.id))
         else:
-            self._id_by_pidfd[connection.pidfd] = connection.id
+            self._ended_by_pidfd[connection.pidfd] = connection
             self._epoll.register(connection.pidfd, select.EPOLLIN)
 
     def _forget_work(self, connection: _Connection) -> None:
@@ -330,7 +332,7 @@ class Loop:
     def _process_ended(self, pidfd: int) -> None:
         self._epoll.unregister(pidfd)
         os.close(pidfd)
-        self._handle(Gone(self._id_by_pidfd.pop(pidfd)))
+        self._handle(Gone(self._ended_by_pidfd.pop(pidfd).id))
 
     def _look_at_clock(self, now: float) -> None:
         for connection in [connection for connection in self._flushing.values() if connection.flush_until < now]:
@@ -386,7 +388,7 @@ class Loop:
             connection.socket.close()
             if connection.pidfd is not None:
                 os.close(connection.pidfd)
-        for pidfd in self._id_by_pidfd:
+        for pidfd in self._ended_by_pidfd:
             os.close(pidfd)
         self._epoll.close()
         self._wake_receiver.close()
