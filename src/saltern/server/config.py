@@ -26,7 +26,6 @@ import difflib
 import os
 import re
 import secrets
-import stat
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -37,6 +36,7 @@ from msgspec import Meta, Struct
 from saltern.core.keys import SECRET_BYTES
 from saltern.core.tenants import Limits
 from saltern.paths import default_socket_path
+from saltern.secret import read_secret
 from saltern.sizes import format_size, parse_size
 
 
@@ -134,17 +134,14 @@ def naming_secret(settings: ServerSettings) -> bytes:
             # Exclusive: two servers that start at once must not end up with two secrets.
             fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         except FileExistsError:
-            mode, secret = path.stat().st_mode, path.read_bytes()
-        else:
-            mode, secret = stat.S_IFREG | 0o600, secrets.token_bytes(SECRET_BYTES)
-            with os.fdopen(fd, "wb") as file:
-                file.write(secret)
+            return read_secret(path)
+        secret = secrets.token_bytes(SECRET_BYTES)
+        with os.fdopen(fd, "wb") as file:
+            file.write(secret)
     except OSError as error:
         raise ConfigError(f"server.secret_file: {path}: {error.strerror}") from None
-    if mode & 0o077:
-        raise ConfigError(f"server.secret_file: others may read {path}: chmod 600 it, or delete it for a new secret")
-    if len(secret) != SECRET_BYTES:
-        raise ConfigError(f"server.secret_file: {path} holds {len(secret)} bytes, a secret has {SECRET_BYTES}")
+    except ValueError as error:
+        raise ConfigError(f"server.secret_file: {error}") from None
     return secret
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from msgspec import Struct
 
-from saltern.core.keys import SECRET_BYTES
 from saltern.paths import default_socket_path
+from saltern.secret import read_secret
 
 PATIENCE_MS = 50.0
 """How long a request waits for the server's answer before it counts as a miss. A round trip takes 0.1 ms."""
@@ -56,7 +56,7 @@ def parse_settings(extra_config: Mapping[str, Any]) -> Settings:
         block_tokens=_checked(values, "saltern.block_tokens", int, None, "a number of tokens"),
         store=_store_mode(_checked(values, "saltern.store", str, "prompt", '"prompt" or "all"')),
         require_salt=_checked(values, "saltern.require_salt", bool, False, "true or false"),
-        naming_secret=_read_secret(_checked(values, "saltern.secret_file", str, None, "the path of a file")),
+        naming_secret=_secret(_checked(values, "saltern.secret_file", str, None, "the path of a file")),
         patience_seconds=_patience(values) / 1000,
     )
 
@@ -84,15 +84,10 @@ def _patience(values: Mapping[str, Any]) -> float:
     return float(value)
 
 
-def _read_secret(path: str | None) -> bytes | None:
+def _secret(path: str | None) -> bytes | None:
     if path is None:
         return None
     try:
-        secret = bytes.fromhex(Path(path).read_text("ascii").strip())
+        return read_secret(Path(path).expanduser())
     except (OSError, ValueError) as error:
-        raise SettingsError(f"saltern.secret_file {path}: {error}") from None
-    if len(secret) != SECRET_BYTES:
-        raise SettingsError(
-            f"saltern.secret_file {path} holds {len(secret)} bytes, but must hold {SECRET_BYTES} in hexadecimal"
-        )
-    return secret
+        raise SettingsError(f"saltern.secret_file: {error}") from None
