@@ -469,7 +469,16 @@ def test_workers_out_of_order_make_no_session() -> None:
     rig.worker(b"w0", rank=1, world_size=2)
     rig.worker(b"w1", rank=0, world_size=2)
     engine = rig.scheduler("engine", [b"w0", b"w1"])
-    assert "rank order" in rig.sent(SessionEnded, engine)[0].reason
+    assert "1 of 2, 0 of 2" in rig.sent(SessionEnded, engine)[0].reason
+
+
+def test_workers_of_a_larger_engine_make_no_session() -> None:
+    """Or else blocks would be published that lack the shards of the ranks that nobody named."""
+    rig = Rig()
+    rig.worker(b"w0", rank=0, world_size=2)
+    engine = rig.scheduler("engine", [b"w0"])
+    assert "of 2" in rig.sent(SessionEnded, engine)[0].reason
+    assert rig.reserve(engine, ALICE, "a").refusal is Refusal.NO_SESSION
 
 
 def test_a_second_engine_of_the_same_name_is_refused_while_the_first_lives() -> None:

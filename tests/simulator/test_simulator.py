@@ -22,6 +22,7 @@ from saltern.core.messages import (
     Reserve,
     Reserved,
     SchedulerHello,
+    WorkerHello,
 )
 from saltern.core.order import EvictionOrder, Stamp
 from saltern.core.snapshot import Snapshot
@@ -589,14 +590,17 @@ def an_ended_session_still_gives_leases(monkeypatch: pytest.MonkeyPatch) -> None
 
 @planted(Invariant.SESSIONS)
 def a_session_opens_without_its_last_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    open_session = Cache._open_session
+    open_session, open_lifeline = Cache._open_session, Cache._open_lifeline
 
     def open_early(self: Cache, connection: ConnectionId, hello: SchedulerHello) -> None:
         first = hello.workers[:1]
-        early = SchedulerHello(hello.engine, hello.incarnation, first, hello.block_bytes)
-        open_session(self, connection, early)
+        open_session(self, connection, SchedulerHello(hello.engine, hello.incarnation, first, hello.block_bytes))
+
+    def open_alone(self: Cache, connection: ConnectionId, hello: WorkerHello) -> None:
+        open_lifeline(self, connection, WorkerHello(hello.engine, hello.name, hello.rank, 1, hello.outlives_socket))
 
     monkeypatch.setattr(Cache, "_open_session", open_early)
+    monkeypatch.setattr(Cache, "_open_lifeline", open_alone)
 
 
 @planted(Invariant.SESSIONS)

@@ -39,7 +39,7 @@ class World:
         """Return True that often."""
         return self.random.random() < probability
 
-    def run(self, *, until: float | None = None, steps_max: int = 200_000) -> bool:
+    def run(self, *, until: float | None = None, steps_max: int = 20_000) -> bool:
         """Let things happen up to a time, or until nothing is left to happen; False if that never comes."""
         for _ in range(steps_max):
             if not self._agenda or (until is not None and self._agenda[0][0] > until):

@@ -204,7 +204,7 @@ class Cache:
             # the engine runs what one lost connection left behind, where a device may outlive its socket.
             self._disconnect(earlier.connection)
             self._forget_lifeline(earlier.connection)
-        lifeline = Lifeline(connection, name=hello.name, rank=hello.rank)
+        lifeline = Lifeline(connection, name=hello.name, rank=hello.rank, world_size=hello.world_size)
         self.lifeline_by_connection[connection] = lifeline
         self.lifeline_by_name[hello.name] = lifeline
         self._welcome(connection)
@@ -226,8 +226,10 @@ class Cache:
         present = [lifeline for lifeline in lifelines if lifeline is not None and lifeline.session is None]
         if len(present) < len(lifelines):
             return
-        if [lifeline.rank for lifeline in present] != list(range(len(present))):
-            self._end_session(session, "its workers are not in rank order")
+        ranks = [(lifeline.rank, lifeline.world_size) for lifeline in present]
+        if ranks != [(rank, len(present)) for rank in range(len(present))]:
+            named = ", ".join(f"{rank} of {world_size}" for rank, world_size in ranks)
+            self._end_session(session, f"its workers are not all its ranks in order: {named}")
             return
         session.state = SessionState.OPEN
         session.lifelines = present

@@ -42,10 +42,11 @@ class SessionState(Enum):
 class Lifeline:
     """A worker's connection. It serves one session in its life."""
 
-    def __init__(self, connection: ConnectionId, *, name: bytes, rank: int) -> None:
+    def __init__(self, connection: ConnectionId, *, name: bytes, rank: int, world_size: int) -> None:
         self.connection = connection
         self.name = name
         self.rank = rank
+        self.world_size = world_size
         self.session: Session | None = None
 
 
