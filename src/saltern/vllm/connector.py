@@ -22,6 +22,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorTransferResults,
     KVConnectorWorkerMetadata,
 )
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from saltern.client.lifeline import Lifeline
 from saltern.vllm.adapters import Adapters
@@ -33,6 +35,7 @@ from saltern.vllm.namespace import namespace_digest
 from saltern.vllm.planner import Geometry, Planner
 from saltern.vllm.session import Session
 from saltern.vllm.settings import BLOCK_TOKENS, Settings, SettingsError, parse_settings
+from saltern.vllm.stats import SalternPromMetrics, SalternStats
 from saltern.vllm.worker import Worker
 
 if TYPE_CHECKING:
@@ -111,6 +114,8 @@ class PooledBlocks:
 class SalternConnector(KVConnectorBase_V1):
     """Saltern's cache behind vLLM's KV connector interface, for `kv_role: kv_both`."""
 
+    _cache_hit_source = CacheHitSource.HOST  # how vLLM's metrics name where our hits come from
+
     def __init__(self, vllm_config: "VllmConfig", role: KVConnectorRole, kv_cache_config: "KVCacheConfig") -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         logging.getLogger("saltern").parent = logging.getLogger("vllm")  # our lines go where the engine's go
@@ -181,6 +186,22 @@ class SalternConnector(KVConnectorBase_V1):
             worker_facts=[worker.facts for worker in self._handshakes],
             epoch=epoch,
         )
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:
+        """Give vLLM's process that logs what a worker has sent, as an object that can sum it."""
+        return SalternStats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: "VllmConfig",
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> KVConnectorPromMetrics | None:
+        """Register counters beside vLLM's own."""
+        return SalternPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     def reset_cache(self) -> bool:
         """Leave all KV computed so far behind: vLLM calls this when the weights change in place."""
@@ -314,6 +335,16 @@ class SalternConnector(KVConnectorBase_V1):
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Report blocks whose load failed, in the same pass as the end of their request's load."""
         return self._worker.take_bad_blocks() if self._worker is not None else set()
+
+    def get_kv_connector_stats(self) -> SalternStats | None:
+        """Return what this rank has copied since the last step, for vLLM's log and metrics."""
+        finished = self._worker.take_finished() if self._worker is not None else []
+        if self._worker is None or not finished:
+            return None
+        stats = SalternStats()
+        for copy in finished:
+            stats.add(copy, slot_bytes=self._worker.layout.slot_bytes)
+        return stats
 
     def build_connector_worker_meta(self) -> SalternReports | None:
         """Report the operations that ended on this rank."""

@@ -6,6 +6,7 @@ waits for its KV never waits for another's to be stored.
 """
 
 import logging
+import time
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import NamedTuple
@@ -32,6 +33,7 @@ class Finished(NamedTuple):
     copy: Copy
     is_store: bool
     is_failed: bool
+    seconds: float = 0.0  # from its begin, what it waited for before not counted
 
 
 class Shard(NamedTuple):
@@ -76,6 +78,7 @@ class CpuCopier:
 
     def _run(self, copy: Copy, shard: Shard, *, is_store: bool) -> None:
         is_failed = True
+        began = time.monotonic()
         try:
             mapping = self._lifeline.hold(copy.incarnation, ATTACH_SECONDS_MAX)
             if mapping is not None:
@@ -86,7 +89,7 @@ class CpuCopier:
                     mapping.release()
         except Exception:  # a copy that fails for whatever reason must still be reported
             logger.exception("a copy failed")
-        self._finished.put(Finished(copy, is_store, is_failed))
+        self._finished.put(Finished(copy, is_store, is_failed, seconds=time.monotonic() - began))
 
     def _move(self, copy: Copy, shard: Shard, mapping: Mapping, *, is_store: bool) -> None:
         arena = np.frombuffer(mapping.buffer, dtype=np.uint8)

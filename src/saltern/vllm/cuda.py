@@ -32,6 +32,7 @@ STAGING_SLOTS = 16
 class _Running(NamedTuple):
     copy: Copy
     is_store: bool
+    began: torch.cuda.Event
     event: torch.cuda.Event
     mapping: Mapping
 
@@ -78,10 +79,11 @@ class CudaCopier:
             self._failed.append(Finished(copy, is_store, is_failed=True))
             return
         lane = self._stores if is_store else self._loads
-        event = torch.cuda.Event()
+        began, event = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         try:
             lane.stream.wait_stream(torch.cuda.current_stream(self._device))
             with torch.cuda.stream(lane.stream):
+                began.record(lane.stream)
                 self._launch(copy, shard, mapping, lane, is_store=is_store)
                 event.record(lane.stream)
         except Exception:  # a copy that fails for whatever reason must still be reported
@@ -90,7 +92,7 @@ class CudaCopier:
             mapping.release()
             self._failed.append(Finished(copy, is_store, is_failed=True))
             return
-        self._running.append(_Running(copy, is_store, event, mapping))
+        self._running.append(_Running(copy, is_store, began, event, mapping))
 
     def finished(self) -> list[Finished]:
         """Return the copies that ended since the last call."""
@@ -99,7 +101,8 @@ class CudaCopier:
         for running in self._running:
             if running.event.query():
                 running.mapping.release()
-                ended.append(Finished(running.copy, running.is_store, is_failed=False))
+                seconds = running.began.elapsed_time(running.event) / 1000
+                ended.append(Finished(running.copy, running.is_store, is_failed=False, seconds=seconds))
             else:
                 still_running.append(running)
         self._running = still_running

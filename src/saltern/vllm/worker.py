@@ -36,6 +36,7 @@ class Worker:
         self._copier: Copier | None = None
         self._reports = Reports()
         self._bad_blocks: set[int] = set()
+        self._finished: list[Finished] = []  # for statistics
 
     def attach(self, lifeline: Lifeline, copier: Copier) -> None:
         """Begin to connect."""
@@ -53,7 +54,9 @@ class Worker:
     def collect_loaded(self) -> set[str]:
         """Take in the copies that ended; return the requests whose load is over, well or badly."""
         loaded: set[str] = set()
-        for copy, is_store, is_failed in self._copier.finished() if self._copier else ():
+        for finished in self._copier.finished() if self._copier else ():
+            copy, is_store, is_failed, _ = finished
+            self._finished.append(finished)
             counts = self._reports.failed if is_failed else self._reports.done
             counts[copy.op_id] = counts.get(copy.op_id, 0) + 1
             if not is_store:
@@ -71,6 +74,11 @@ class Worker:
         """Return what has ended since the last call, None if nothing."""
         reports, self._reports = self._reports, Reports()
         return reports or None
+
+    def take_finished(self) -> list[Finished]:
+        """Return every copy that ended since the last call."""
+        finished, self._finished = self._finished, []
+        return finished
 
     def close(self) -> None:
         """End the copies, then the connection."""

@@ -1,0 +1,68 @@
+"""Statistics sum what ranks copied, and name nothing that a request carries."""
+
+import pytest
+from prometheus_client import Counter
+
+from saltern.core.extents import Run
+from saltern.vllm.copier import Finished
+from saltern.vllm.copies import Copy, Piece
+from saltern.vllm.stats import SalternStats
+
+
+def copied(*, blocks: int, is_store: bool = False, is_failed: bool = False, seconds: float = 0.5) -> Finished:
+    """Return a copy of `blocks` engine blocks that has ended."""
+    piece = Piece(extent=(Run(start=0, count=1),), first_slot=0, engine_blocks=tuple(range(blocks)))
+    return Finished(Copy(1, b"", "request-of-alice", (piece,)), is_store, is_failed, seconds)
+
+
+def test_bytes_are_those_of_the_blocks_that_were_copied() -> None:
+    stats = SalternStats()
+    stats.add(copied(blocks=3), slot_bytes=1000)
+    stats.add(copied(blocks=2, is_store=True), slot_bytes=1000)
+    assert stats.data["load"] == {"copies": 1, "failed": 0, "bytes": 3000, "seconds": 0.5}
+    assert stats.data["store"] == {"copies": 1, "failed": 0, "bytes": 2000, "seconds": 0.5}
+
+
+def test_a_failed_copy_moved_nothing() -> None:
+    stats = SalternStats()
+    stats.add(copied(blocks=3, is_failed=True), slot_bytes=1000)
+    assert stats.data["load"] == {"copies": 1, "failed": 1, "bytes": 0, "seconds": 0}
+    assert not stats.is_empty()
+
+
+def test_ranks_and_steps_add_up() -> None:
+    first, second = SalternStats(), SalternStats()
+    first.add(copied(blocks=1), slot_bytes=1_000_000)
+    second.add(copied(blocks=2), slot_bytes=1_000_000)
+    total = first.aggregate(SalternStats(data=second.to_dict()))
+    assert total.reduce() == {
+        "saltern loads": 2,
+        "loads failed": 0,
+        "load MB": 3.0,
+        "load GB/s": pytest.approx(0.003, abs=0.01),
+        "saltern stores": 0,
+        "stores failed": 0,
+        "store MB": 0.0,
+        "store GB/s": 0.0,
+    }
+
+
+def test_nothing_copied_is_empty() -> None:
+    assert SalternStats().is_empty()
+
+
+def test_metrics_have_one_line_a_direction_and_none_a_request() -> None:
+    from vllm.config import KVTransferConfig, VllmConfig
+
+    from saltern.vllm.connector import SalternConnector
+
+    config = VllmConfig(kv_transfer_config=KVTransferConfig(kv_connector="SalternConnector", kv_role="kv_both"))
+    metrics = SalternConnector.build_prom_metrics(config, {Counter: Counter}, ["engine"], {0: ["0"]})
+    assert metrics is not None
+    stats = SalternStats()
+    stats.add(copied(blocks=3), slot_bytes=1000)
+    metrics.observe(stats.to_dict())
+    from prometheus_client import REGISTRY
+
+    assert REGISTRY.get_sample_value("vllm:saltern_bytes_total", {"engine": "0", "direction": "load"}) == 3000
+    assert REGISTRY.get_sample_value("vllm:saltern_copies_total", {"engine": "0", "direction": "load"}) == 1
