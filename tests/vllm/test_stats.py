@@ -1,12 +1,14 @@
 """Statistics sum what ranks copied, and name nothing that a request carries."""
 
 import pytest
-from prometheus_client import Counter
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram
+from vllm.config import KVTransferConfig, VllmConfig
 
 from saltern.core.extents import Run
+from saltern.vllm import register
 from saltern.vllm.copier import Finished
 from saltern.vllm.copies import Copy, Piece
-from saltern.vllm.stats import SalternStats
+from saltern.vllm.stats import FIELDS, SalternPromMetrics, SalternStats
 
 
 def copied(*, blocks: int, is_store: bool = False, is_failed: bool = False, seconds: float = 0.5) -> Finished:
@@ -52,17 +54,16 @@ def test_nothing_copied_is_empty() -> None:
 
 
 def test_metrics_have_one_line_a_direction_and_none_a_request() -> None:
-    from vllm.config import KVTransferConfig, VllmConfig
-
-    from saltern.vllm.connector import SalternConnector
-
+    register()  # as vLLM does with the plugin
     config = VllmConfig(kv_transfer_config=KVTransferConfig(kv_connector="SalternConnector", kv_role="kv_both"))
-    metrics = SalternConnector.build_prom_metrics(config, {Counter: Counter}, ["engine"], {0: ["0"]})
-    assert metrics is not None
+    metrics = SalternPromMetrics(config, {Counter: Counter, Gauge: Gauge, Histogram: Histogram}, ["engine"], {0: ["0"]})
     stats = SalternStats()
     stats.add(copied(blocks=3), slot_bytes=1000)
     metrics.observe(stats.to_dict())
-    from prometheus_client import REGISTRY
-
     assert REGISTRY.get_sample_value("vllm:saltern_bytes_total", {"engine": "0", "direction": "load"}) == 3000
     assert REGISTRY.get_sample_value("vllm:saltern_copies_total", {"engine": "0", "direction": "load"}) == 1
+    lines = [sample for family in REGISTRY.collect() for sample in family.samples if "saltern" in sample.name]
+    assert {line.name for line in lines if line.name.endswith("_total")} == {
+        f"vllm:saltern_{name}_total" for name in FIELDS
+    }
+    assert {direction for line in lines for direction in [line.labels["direction"]]} == {"load", "store"}
