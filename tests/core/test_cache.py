@@ -273,6 +273,20 @@ def test_nothing_pinned_is_evicted() -> None:
     assert rig.reserve(engine, BOB, "x").refusal is None
 
 
+def test_a_refusal_evicts_nothing() -> None:
+    rig = Rig(pages=3)
+    engine, large = rig.engine(), rig.engine("large", block_bytes=3 * PAGE_BYTES)
+    rig.store(engine, ALICE, "ab")
+    rig.store(engine, BOB, "x")
+    held = rig.acquire(engine, BOB, "x")
+    assert rig.reserve(large, BOB, "y").refusal is Refusal.ALL_PINNED
+    assert (rig.lookup(engine, ALICE, "ab"), rig.used_pages) == (2, 3)
+    assert rig.cache.snapshot().tenants[0].counts.evicted == 0
+    rig.say(engine, Release(held.lease))
+    assert rig.reserve(large, BOB, "y").refusal is None
+    assert (rig.lookup(engine, ALICE, "ab"), rig.used_pages) == (0, 3)
+
+
 def test_what_is_being_written_is_not_evicted() -> None:
     rig = Rig(pages=2)
     engine = rig.engine()

@@ -157,10 +157,6 @@ class Checker:
         session = cache.session_by_control[connection]
         pages = -(-session.block_bytes // cache.page_bytes)
         user = tenant.user_by_id.get(ask.user)
-        user_used = user.used_pages if user is not None else 0
-        over_user = _over(user_used + pages, tenant.user_limit_pages)
-        over_all = _over(tenant.used_pages + pages, tenant.limit_pages) or cache.pool.free_pages < pages
-        candidates = state.candidates(user) if over_user and user is not None else state.candidates()
         at = ask.acquired_at if ask.acquired_at < now else now
         justified = True
         match answer.refusal:
@@ -168,10 +164,8 @@ class Checker:
                 justified = _over(pages, tenant.limit_pages) or _over(pages, tenant.user_limit_pages)
             case Refusal.NO_ROOM:
                 justified = pages > cache.pool.pages
-            case Refusal.ALL_PINNED:
-                justified = (over_user or over_all) and not candidates
-            case Refusal.NEXT_VICTIM:
-                justified = (over_user or over_all) and bool(candidates) and min(candidates)[:2] > (at, -answer.upto)
+            case Refusal.ALL_PINNED | Refusal.NEXT_VICTIM:
+                justified = answer.refusal is _room_refused(cache, state, user, pages, (at, -answer.upto))
             case Refusal.NO_PARENT:
                 linked = user.block_by_key.get(ask.keys[answer.upto]) if user is not None else None
                 justified = (linked is None and answer.upto < ask.start) or (
@@ -185,11 +179,36 @@ class Checker:
             violated(Invariant.REFUSALS, f"{ask} was answered by {answer}")
         if evicted:
             used_by_user, used, free = self._used
-            room_asked = answer.refusal in (Refusal.ALL_PINNED, Refusal.NEXT_VICTIM)
-            wanted = pages * (len(answer.grants) + room_asked)
+            wanted = pages * len(answer.grants)
             short = _over(used_by_user.get(ask.user, 0) + wanted, tenant.user_limit_pages)
             if not (short or _over(used + wanted, tenant.limit_pages) or free < wanted):
                 violated(Invariant.NEEDED, f"{evicted} blocks were evicted for {wanted} pages while {free} were free")
+
+
+def _room_refused(
+    cache: Cache, state: "State", user: User | None, pages: int, newcomer: tuple[float, int]
+) -> Refusal | None:
+    """Choose victims for `pages` more of a user by the rules, one scan each, and say why that fails, if it does."""
+    tenant = cache.tenant
+    gone: frozenset[Block] = frozenset()
+    while True:
+        freed = sum(block.pages for block in gone)
+        freed_own = sum(block.pages for block in gone if block.user is user)
+        over_user = user is not None and _over(user.used_pages - freed_own + pages, tenant.user_limit_pages)
+        over_all = _over(tenant.used_pages - freed + pages, tenant.limit_pages)
+        if not (over_user or over_all or cache.pool.free_pages + freed < pages):
+            return None
+        victims = state.evictable(user if over_user else None, without=gone)
+        if not victims:
+            return Refusal.ALL_PINNED
+        victim = min(victims, key=_stamp)
+        if _stamp(victim)[:2] > newcomer:
+            return Refusal.NEXT_VICTIM
+        gone |= {victim}
+
+
+def _stamp(block: Block) -> Stamp:
+    return (block.touched_at, -block.depth, block.serial)
 
 
 class Seen:
@@ -234,12 +253,20 @@ class State:
 
     def candidates(self, user: User | None = None) -> list[Stamp]:
         """Return the stamps of all blocks (of one user) that may be evicted: READY leaves that nobody pins."""
+        return [_stamp(block) for block in self.evictable(user)]
+
+    def evictable(self, user: User | None = None, *, without: frozenset[Block] = frozenset()) -> list[Block]:
+        """Return all blocks (of one user) that may be evicted, or could be if those `without` were gone."""
+        parents = self._parents
+        if without:
+            parents = {block.parent for block in self._linked if block.parent is not None and block not in without}
         return [
-            (block.touched_at, -block.depth, block.serial)
+            block
             for block in self._linked
             if block.state is BlockState.READY
             and block not in self._pins_by_block
-            and block not in self._parents
+            and block not in parents
+            and block not in without
             and (user is None or block.user is user)
         ]
 

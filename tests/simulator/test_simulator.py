@@ -489,6 +489,15 @@ def one_block_more_is_evicted_than_needed(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(Cache, "_make_room", make_more_room)
 
 
+@planted(Invariant.NEEDED)
+def a_refusal_keeps_what_it_evicted_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
+    def free_and_count(self: Cache, victim: Block, parent: Block | None) -> None:
+        self._free_if_unheld(victim)
+        self.tenant.tally.evicted += 1
+
+    monkeypatch.setattr(Cache, "_relink", free_and_count)
+
+
 @planted(Invariant.REFUSALS)
 def a_full_cache_refuses_instead_of_evicting(monkeypatch: pytest.MonkeyPatch) -> None:
     make_room = Cache._make_room

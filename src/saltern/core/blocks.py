@@ -80,15 +80,11 @@ class Block:
         self.state = BlockState.WRITING
         self.pins = 1
         self.touched_at = touched_at
-        self.parent = parent
+        self.parent: Block | None = None
         self.children: Block | None = None  # the first of them
         self.next_sibling: Block | None = None
         self.previous_sibling: Block | None = None
-        if parent is not None:
-            self.next_sibling = parent.children
-            if parent.children is not None:
-                parent.children.previous_sibling = self
-            parent.children = self
+        self.join_parent(parent)
 
     @property
     def stamp(self) -> Stamp | None:
@@ -101,6 +97,15 @@ class Block:
     def pages(self) -> int:
         """Return how many pages the block is charged for."""
         return extent_pages(self.extent)
+
+    def join_parent(self, parent: "Block | None") -> None:
+        """Become the first of the parent's children."""
+        self.parent = parent
+        if parent is not None:
+            self.next_sibling = parent.children
+            if parent.children is not None:
+                parent.children.previous_sibling = self
+            parent.children = self
 
     def leave_parent(self) -> None:
         """Undo the link to the parent."""

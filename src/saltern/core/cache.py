@@ -386,31 +386,52 @@ class Cache:
     def _make_room(self, user_id: UserId, pages: int, stamp: Stamp) -> Refusal | int:
         """Evict until `pages` more fit the user's limit, the tenant's and the arena; return how many blocks went.
 
+        Victims are only unlinked until there are enough of them: a refusal puts them back.
+        """
+        victims: list[tuple[Block, Block | None]] = []  # with their parents
+        refusal = self._choose_victims(user_id, pages, stamp, victims)
+        if refusal is not None:
+            for victim, parent in reversed(victims):
+                self._relink(victim, parent)
+            return refusal
+        for victim, _ in victims:
+            self._free_if_unheld(victim)
+        self.tenant.tally.evicted += len(victims)
+        return len(victims)
+
+    def _choose_victims(
+        self, user_id: UserId, pages: int, stamp: Stamp, victims: list[tuple[Block, Block | None]]
+    ) -> Refusal | None:
+        """Unlink blocks into `victims` until `pages` more would fit without them.
+
         Whoever is over a limit pays with its own oldest. A block with a smaller `stamp` than every victim
         would be the next to go, and is refused instead.
         """
-        tenant, evicted = self.tenant, 0
+        tenant, user = self.tenant, self.tenant.user_by_id.get(user_id)
         if _exceeds(pages, tenant.user_limit_pages) or _exceeds(pages, tenant.limit_pages):
             return Refusal.OVER_LIMIT
         if pages > self.pool.pages:
             return Refusal.NO_ROOM
+        freed, freed_own = 0, 0  # pages, of all victims and of the user's
         while True:
-            user = tenant.user_by_id.get(user_id)
-            if user is not None and _exceeds(user.used_pages + pages, tenant.user_limit_pages):
+            if user is not None and _exceeds(user.used_pages - freed_own + pages, tenant.user_limit_pages):
                 victim = user.order.first()
-            elif _exceeds(tenant.used_pages + pages, tenant.limit_pages) or self.pool.free_pages < pages:
+            elif (
+                _exceeds(tenant.used_pages - freed + pages, tenant.limit_pages) or self.pool.free_pages + freed < pages
+            ):
                 victim = tenant.first_victim()
             else:
-                return evicted
+                return None
             if victim is None:
                 return Refusal.ALL_PINNED
             victim_stamp = victim.stamp
             assert victim_stamp is not None, "the first of an order may not be evicted"
             if victim_stamp > stamp:
                 return Refusal.NEXT_VICTIM
-            self._doom(victim)
-            evicted += 1
-            tenant.tally.evicted += 1
+            victims.append((victim, victim.parent))
+            freed += victim.pages
+            freed_own += victim.pages if victim.user is user else 0
+            self._unlink(victim)
 
     def _commit(self, session: Session, lease: Lease) -> None:
         tally = self.tenant.tally
@@ -465,7 +486,14 @@ class Cache:
             self._offer(block)
 
     def _doom(self, root: Block) -> int:
-        """Unlink a block and all that continues it; return how many."""
+        """Unlink a block and all that continues it, free what nobody holds of them, and return how many."""
+        doomed = self._unlink(root)
+        for block in doomed:
+            self._free_if_unheld(block)
+        return len(doomed)
+
+    def _unlink(self, root: Block) -> list[Block]:
+        """Take a block and all that continues it out of their user's dictionary."""
         parent = root.parent
         doomed = list(root.with_descendants())
         for block in doomed:
@@ -473,10 +501,16 @@ class Cache:
             block.user.order.withdraw(block)
             block.leave_parent()
             block.state = BlockState.DOOMED
-            self._free_if_unheld(block)
         if parent is not None:
             self._offer(parent)  # it may be a leaf now
-        return len(doomed)
+        return doomed
+
+    def _relink(self, victim: Block, parent: Block | None) -> None:
+        """Undo the unlinking of a leaf that nobody pins."""
+        victim.state = BlockState.READY
+        victim.user.block_by_key[victim.key] = victim
+        victim.join_parent(parent)
+        self._offer(victim)
 
     def _offer(self, block: Block) -> None:
         if block.stamp is not None:
