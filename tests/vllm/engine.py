@@ -55,6 +55,7 @@ class FakeBlocks:
 
     def hold(self, block_ids: Sequence[int]) -> None:
         """Count the planner as a user of blocks that somebody uses."""
+        assert all(self._users[block_id] for block_id in block_ids), "held a block that may be another's by now"
         self.share(block_ids)
         self.held.update(block_ids)
         self.held_max = max(self.held_max, self.held.total())
@@ -80,13 +81,15 @@ class FakeBlocks:
         self._hashed[block_id] = identity
 
     def find(self, identity: Identity) -> int | None:
-        """Return a block in use that holds this."""
-        return next((b for b, held in self._hashed.items() if held == identity and self._users[b]), None)
+        """Return a block that holds this, in use or not."""
+        return next((block_id for block_id, held in self._hashed.items() if held == identity), None)
 
     def share(self, block_ids: Sequence[int]) -> None:
-        """Count one more user of blocks that have one."""
+        """Count one more user of blocks."""
         for block_id in block_ids:
-            assert block_id and self._users[block_id], f"touched block {block_id}, which is nobody's"
+            assert block_id, "touched the null block"
+            if not self._users[block_id]:
+                self._free.remove(block_id)
             self._users[block_id] += 1
 
     def give_back(self, block_ids: Sequence[int]) -> None:
@@ -116,6 +119,7 @@ class FakeRequest:
     ranks_loaded: int = 0
     ranks_failed: int = 0
     loaded_tokens: int = 0  # so far, of all its loads
+    has_failed: bool = False  # one of its loads
 
     @property
     def num_tokens(self) -> int:
@@ -290,7 +294,7 @@ class Engine:
         return copies
 
     def _admit_waiting(self, budget: int, scheduled: dict[str, int], computing: list[FakeRequest]) -> None:
-        for request in list(self.waiting):
+        for request in sorted(self.waiting, key=lambda request: not request.block_ids):  # those that hold some first
             if budget <= 0:
                 return
             if request.is_loading:
@@ -303,6 +307,7 @@ class Engine:
                     continue
                 assert len(local) * ENGINE_BLOCK_TOKENS + matched <= request.num_tokens, "matched more than there is"
                 if matched:
+                    assert not request.has_failed, "matched again after a failed load, and so for ever"
                     if not self._begin_load(request, local, matched):
                         return
                     continue
@@ -319,11 +324,10 @@ class Engine:
         computed = min(computed, request.num_tokens - 1)  # the last is always computed
         tokens = min(budget, request.num_tokens - computed)
         needed = -(-(computed + tokens) // ENGINE_BLOCK_TOKENS) - len(local) - len(request.block_ids)
-        fresh = self.blocks.allocate(max(needed, 0))
-        if fresh is None:
+        block_ids = self._allocate(local, max(needed, 0))
+        if block_ids is None:
             return 0
-        self.blocks.share(local)
-        request.block_ids += [*local, *fresh]
+        request.block_ids += block_ids
         request.num_computed_tokens = computed
         self.planner.admit(request.request_id, request.block_ids, 0)
         self.waiting.remove(request)
@@ -331,17 +335,31 @@ class Engine:
         return tokens
 
     def _begin_load(self, request: FakeRequest, local: list[int], matched: int) -> bool:
-        fresh = self.blocks.allocate(matched // ENGINE_BLOCK_TOKENS)
-        if fresh is None:
+        # As vLLM does: two that loaded and then don't fit would wait for each other.
+        reserved = sum(self._missing(other) for other in self.waiting if other.block_ids)
+        if reserved + self._missing(request) > self.blocks.available:
             return False  # nothing is said to the planner: it is asked again
-        self.blocks.share(local)
-        request.block_ids = [*local, *fresh]
+        block_ids = self._allocate(local, matched // ENGINE_BLOCK_TOKENS)
+        assert block_ids is not None, "there was room for all of the request"
+        request.block_ids = block_ids
         request.loaded_from = len(local)
         request.num_computed_tokens = len(request.block_ids) * ENGINE_BLOCK_TOKENS
         request.is_loading = True
         request.ranks_loaded = request.ranks_failed = 0
         self.planner.admit(request.request_id, request.block_ids, matched)
         return True
+
+    def _allocate(self, local: list[int], count: int) -> list[int] | None:
+        """Return blocks found locally, and new ones behind them; None if there are too few."""
+        self.blocks.share(local)
+        fresh = self.blocks.allocate(count)
+        if fresh is None:
+            self.blocks.give_back(local[::-1])
+            return None
+        return local + fresh
+
+    def _missing(self, request: FakeRequest) -> int:
+        return -(-request.num_tokens // ENGINE_BLOCK_TOKENS) - len(request.block_ids)
 
     def _extend(self, request: FakeRequest, tokens: int) -> bool:
         fresh = self.blocks.allocate(max(-(-tokens // ENGINE_BLOCK_TOKENS) - len(request.block_ids), 0))
@@ -433,6 +451,7 @@ class Engine:
             self._loading_after_abort.remove(request)
             self._give_back(request)
         elif request.ranks_failed:
+            request.has_failed = True
             good, bad = request.block_ids[: request.loaded_from], request.block_ids[request.loaded_from :]
             self.blocks.give_back(bad)
             request.block_ids = good
@@ -480,11 +499,9 @@ class Engine:
     def _check_commit(self, commit: Commit) -> None:
         """Check that every byte of what is published is what its key promises."""
         self.server.commits_seen.append(commit.lease)
-        lease = next(
-            session.lease_by_id[commit.lease]
-            for session in self.server.cache.sessions
-            if commit.lease in session.lease_by_id
-        )
+        sessions = self.server.cache.sessions
+        lease = next((s.lease_by_id[commit.lease] for s in sessions if commit.lease in s.lease_by_id), None)
+        assert lease is not None, "committed what was not reserved, or not any more"
         identity_by_key = self._identities()
         for block in lease.blocks:
             assert block.key in identity_by_key, "published under a key that no user's tokens have"

@@ -86,7 +86,7 @@ class TestHits:
         assert len(engine.sent_of(Acquire)) == asked + 1
         assert engine.server.leases() == 1
 
-    def test_a_local_hit_that_ends_inside_a_block_leaves_only_the_rest_to_load(self, make_engine: EngineMaker) -> None:
+    def test_a_local_hit_may_end_inside_a_block(self, make_engine: EngineMaker) -> None:
         engine = make_engine(local_hits=True)
         stored(engine, PROMPT)
         engine.arrive(PROMPT[:6], "alice", outputs=50)
@@ -127,7 +127,8 @@ class TestHits:
 class TestLeases:
     """What is pinned is given back, exactly once, whatever becomes of the request."""
 
-    def test_the_second_admission_of_a_load_keeps_its_lease(self, engine: Engine) -> None:
+    def test_the_second_admission_of_a_load_keeps_its_lease(self, make_engine: EngineMaker) -> None:
+        engine = make_engine()
         stored(engine, PROMPT)
         request = engine.arrive(PROMPT, "alice")
         engine.step()
@@ -165,13 +166,23 @@ class TestLeases:
         engine.clock.advance(10 * PATIENCE_SECONDS)  # a long step
         assert match(engine, request) == 8
 
-    @pytest.mark.parametrize("phase", ["asked", "answered", "loading", "copied"])
+    def test_an_aborted_requests_late_answer_is_released(self, make_engine: EngineMaker) -> None:
+        engine = make_engine()
+        stored(engine, PROMPT)
+        engine.server.reply_seconds = 0.02
+        request = engine.arrive(PROMPT, "alice")
+        assert match(engine, request) is None
+        engine.abort(request)
+        assert engine.server.leases() == 1
+        engine.settle()
+        assert engine.server.leases() == 0
+
+    @pytest.mark.parametrize("phase", ["answered", "loading", "copied"])
     def test_a_request_aborted_while(self, engine: Engine, phase: str) -> None:
         stored(engine, PROMPT)
-        engine.server.reply_seconds = 0.02 if phase == "asked" else 0.0
         request = engine.arrive(PROMPT, "alice")
-        if phase in ("asked", "answered"):
-            assert match(engine, request) == (None if phase == "asked" else 8)
+        if phase == "answered":
+            assert match(engine, request) == 8
         else:
             engine.step()
             assert request.is_loading
@@ -239,7 +250,8 @@ class TestTime:
 class TestFailedLoads:
     """A block that can't be loaded is reported, and its request never asks again."""
 
-    def test_a_request_whose_load_failed_matches_nothing_for_the_rest_of_its_life(self, engine: Engine) -> None:
+    def test_a_failed_load_is_the_last(self, make_engine: EngineMaker) -> None:
+        engine = make_engine()
         stored(engine, PROMPT)
         request = engine.arrive(PROMPT, "alice", outputs=30)
         engine.step()
@@ -352,6 +364,17 @@ class TestHolding:
         assert other in engine.finished
         assert engine.ready_blocks("alice") == 2
 
+    def test_a_finished_requests_blocks_are_not_reused_before_the_copy(self, make_engine: EngineMaker) -> None:
+        engine = make_engine(blocks=18)
+        engine.arrive(PROMPT, "alice")
+        engine.step()
+        engine.arrive([3] * 24, "bob")  # takes nearly all there is
+        for _ in range(2):
+            engine.step()
+        engine.work()
+        engine.report()
+        assert engine.ready_blocks("alice") == 2
+
     def test_a_finished_requests_blocks_are_stored(self, engine: Engine) -> None:
         request = engine.arrive(PROMPT, "alice", outputs=1)
         engine.step()
@@ -391,7 +414,7 @@ class TestStoring:
         assert not engine.sent_of(Commit)
         assert engine.ready_blocks("alice") == 0
 
-    def test_a_rank_that_fails_aborts_the_store_once_all_have_reported(self, make_engine: EngineMaker) -> None:
+    def test_a_rank_that_fails_aborts_once_all_have_reported(self, make_engine: EngineMaker) -> None:
         engine = make_engine(ranks=2)
         engine.arrive(PROMPT, "alice")
         engine.step()
@@ -473,6 +496,13 @@ class TestStoring:
         engine.blocks.give_back(request.block_ids)
         engine.settle()
 
+    def test_a_block_short_of_one_token_is_not_offered(self, make_engine: EngineMaker) -> None:
+        engine = make_engine()
+        computing(engine, PROMPT)
+        engine.step(budget=7)
+        assert [len(ask.keys) for ask in engine.sent_of(Reserve)] == [1]
+        engine.settle()
+
     def test_a_request_that_is_not_in_the_step_is_not_offered(self, engine: Engine) -> None:
         request = engine.arrive(PROMPT, "alice")
         engine.planner.plan({request.request_id: 8, "unheard of": 8}, lambda _: None)
@@ -503,7 +533,8 @@ class TestSessions:
         first, second = (ask.keys for ask in engine.sent_of(Reserve))
         assert first == second
 
-    def test_what_was_offered_to_a_lost_session_is_offered_to_the_next(self, engine: Engine) -> None:
+    def test_what_was_offered_to_a_lost_session_is_offered_to_the_next(self, make_engine: EngineMaker) -> None:
+        engine = make_engine()
         engine.arrive(PROMPT, "alice", outputs=30)
         for _ in range(4):
             engine.step()
@@ -579,7 +610,8 @@ class TestUsers:
         assert first.user != second.user
         assert not {*first.keys} & {*second.keys}
 
-    def test_neighbours_in_a_batch_keep_their_own_salts(self, engine: Engine) -> None:
+    def test_neighbours_in_a_batch_keep_their_own_salts(self, make_engine: EngineMaker) -> None:
+        engine = make_engine()
         salts = ["alice", "bob", "", "carol"]
         for hit in (0, 8):
             requests = [engine.arrive(PROMPT, salt) for salt in salts]
