@@ -102,7 +102,7 @@ def _take_steps(scene: Scene, screen: Screen) -> tuple[Step, ...]:
     screen.header()
     steps = []
     for name, (did, _) in STEPS.items():
-        with screen.waiting(f"{name:18} {did}"):
+        with screen.waiting(f"{name:18} {did}", is_step=True):
             step = take_step(scene, name)
         screen.step(step)
         steps.append(step)

@@ -28,10 +28,11 @@ class Screen:
         print(text, flush=True)
 
     @contextmanager
-    def waiting(self, for_what: str) -> Iterator[None]:
-        """Show what is going on, with the seconds it has taken. In a file: the line alone."""
+    def waiting(self, for_what: str, *, is_step: bool = False) -> Iterator[None]:
+        """Show what is going on, with the seconds it has taken. In a file: the line alone, and of steps not even it."""
         if not self._is_terminal:
-            self.say(f"… {for_what}")
+            if not is_step:
+                self.say(f"… {for_what}")
             yield
             return
         is_over = threading.Event()

@@ -1,0 +1,199 @@
+"""`make demo`: all its steps pass, and it leaves nothing behind, however it ends."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+import pytest
+
+pytestmark = pytest.mark.e2e
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = [
+    "alice-cold",
+    "alice-hit",
+    "bob-isolated",
+    "unsalted-isolated",
+    "engine-restarted",
+    "user-limit",
+    "server-killed",
+    "server-back",
+]
+DEMO_SECONDS_MAX = 900.0
+POLL_SECONDS = 0.05
+
+
+class _Step(msgspec.Struct):
+    name: str
+    ok: bool
+    cached_tokens: int
+    ttft_ms: float
+    identical: bool
+    problems: list[str]
+
+
+class _Report(msgspec.Struct):
+    steps: list[_Step]
+    ok: bool
+
+
+class Demo:
+    """A demo under way, with a folder for temporary files of its own."""
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        folder.mkdir()
+        self._output_path = folder / "output"
+        self._temporary = folder / "tmp"
+        self._temporary.mkdir()
+        self._shared_before = _shared_memory()
+        self._processes_before = _descendants(os.getpid())
+        with self._output_path.open("wb") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "demo", *arguments],
+                cwd=ROOT,
+                env={**os.environ, "TMPDIR": str(self._temporary), "PYTHONUNBUFFERED": "1"},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    @property
+    def output(self) -> str:
+        """What it has said so far."""
+        return self._output_path.read_text()
+
+    @property
+    def processes(self) -> set[int]:
+        """Its living processes, itself included; those whose parent has died are known as ours."""
+        return _descendants(os.getpid()) - self._processes_before
+
+    @property
+    def leftovers(self) -> list[str]:
+        """What a demo that has ended has left behind: processes, files, and shared memory that nobody uses."""
+        shared = _shared_memory() - self._shared_before
+        orphaned = [name for name in shared if not _is_mapped(name)]  # others may work on this machine as well
+        return [*(_command(pid) for pid in self.processes), *map(str, self._temporary.iterdir()), *orphaned]
+
+    def wait_for(self, what: str, condition: Callable[[], bool]) -> None:
+        """Wait until a condition holds."""
+        deadline = time.monotonic() + DEMO_SECONDS_MAX
+        while not condition():
+            assert self._process.poll() is None, f"the demo ended before {what}: {self.output}"
+            assert time.monotonic() < deadline, f"waited too long for {what}: {self.output}"
+            time.sleep(POLL_SECONDS)
+
+    def interrupt(self, signum: int) -> None:
+        """Send a signal to the demo alone."""
+        self._process.send_signal(signum)
+
+    def wait(self) -> int:
+        """Wait for its end and return its exit status."""
+        return self._process.wait(DEMO_SECONDS_MAX)
+
+    def kill(self) -> None:
+        """End what is left of it."""
+        for pid in self.processes:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self._process.wait()
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Demo]]:
+    """Return what starts demos; those that a failed test has left are ended."""
+    started: list[Demo] = []
+    _adopt_orphans(True)
+    with tempfile.TemporaryDirectory(prefix="saltern-e2e-") as folder:  # short: a socket's path holds 107 bytes
+
+        def start_one(*arguments: str) -> Demo:
+            started.append(Demo(Path(folder, str(len(started))), *arguments))
+            return started[-1]
+
+        yield start_one
+        for demo in started:
+            demo.kill()
+    _adopt_orphans(False)
+
+
+def test_all_steps_pass(start: Callable[..., Demo], tmp_path: Path) -> None:
+    demo = start("--json", str(tmp_path / "report.json"))
+    status = demo.wait()
+    report = msgspec.json.decode((tmp_path / "report.json").read_bytes(), type=_Report)
+
+    assert [step.name for step in report.steps] == NAMES
+    assert {step.name: step.problems for step in report.steps if not step.ok or not step.identical} == {}
+    assert report.ok
+    assert status == 0
+    assert {step.name for step in report.steps if step.cached_tokens} == {
+        "alice-hit",
+        "engine-restarted",
+        "user-limit",
+        "server-back",
+    }
+    assert demo.leftovers == []
+
+
+@pytest.mark.parametrize(
+    ("signum", "moment"),
+    [(signal.SIGHUP, "starting saltern serve"), (signal.SIGINT, "starting vLLM"), (signal.SIGTERM, "VLLM::")],
+    ids=["server", "engine", "worker"],
+)
+def test_an_interrupted_demo_leaves_nothing_behind(start: Callable[..., Demo], signum: int, moment: str) -> None:
+    demo = start()
+    # Of vLLM's processes those that are named are in the midst of loading the model.
+    demo.wait_for(moment, lambda: moment in demo.output or any(moment in _command(pid) for pid in demo.processes))
+    demo.interrupt(signum)
+
+    assert demo.wait() == 128 + signum, demo.output
+    assert demo.leftovers == []
+
+
+def _adopt_orphans(adopt: bool) -> None:
+    """Become the parent of descendants whose own parent dies, or no longer."""
+    pr_set_child_subreaper = 36  # prctl(2)
+    assert ctypes.CDLL(None).prctl(pr_set_child_subreaper, int(adopt), 0, 0, 0) == 0, "prctl failed"
+
+
+def _descendants(root: int) -> set[int]:
+    """Return the ids of the living processes below one; zombies have ended."""
+    parent_by_id = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            # pid (name) state parent …; the name may hold spaces and parentheses, hence the last ")".
+            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+            if state not in "ZX":
+                parent_by_id[int(stat.parent.name)] = int(parent)
+    found: set[int] = set()
+    while below := {pid for pid, parent in parent_by_id.items() if parent == root or parent in found} - found:
+        found |= below
+    return found
+
+
+def _command(pid: int) -> str:
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    return ""
+
+
+def _shared_memory() -> set[str]:
+    return {path.name for path in Path("/dev/shm").iterdir()}
+
+
+def _is_mapped(name: str) -> bool:
+    """Return whether any process uses this shared memory."""
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with suppress(OSError):  # the process has ended, or is another user's
+            if f"/dev/shm/{name}" in maps.read_text():
+                return True
+    return False
