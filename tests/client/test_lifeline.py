@@ -152,12 +152,33 @@ def test_a_forked_child_keeps_neither_lifeline_nor_arena() -> None:
             os.kill(child, signal.SIGKILL)
 
 
+def test_a_program_that_is_started_meanwhile_gets_no_arena(monkeypatch: pytest.MonkeyPatch) -> None:
+    inheritable: list[bool] = []
+
+    def spy(fd: int, *, arena_bytes: int, page_bytes: int) -> Arena:
+        inheritable.append(os.get_inheritable(fd))
+        return Arena(fd, arena_bytes=arena_bytes, page_bytes=page_bytes)
+
+    monkeypatch.setattr(lifeline_module, "Arena", spy)
+    with serving() as server, engine_at(server.path) as engine:
+        engine.hold()
+    assert inheritable == [False]
+
+
 def test_closing_is_prompt_without_a_server(tmp_path: Path) -> None:
     lifeline = Lifeline(str(tmp_path / "none"), engine="e", name=bytes(NAME_BYTES), rank=0, world_size=1)
     lifeline.start()
     assert lifeline.hold(bytes(NAME_BYTES)) is None
     lifeline.close()
     lifeline.close()
+
+
+def test_a_closed_lifeline_keeps_a_child_from_forgetting_nothing_else() -> None:
+    with serving() as server:
+        closed = Lifeline(server.path, engine="e", name=bytes(NAME_BYTES), rank=0, world_size=1)
+        closed.start()
+        closed.close()
+        closed.forget_in_child()  # an error here would leave the child with whatever comes after it
 
 
 def test_the_end_wakes_whoever_waits_for_the_beginning() -> None:

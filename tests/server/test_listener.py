@@ -29,6 +29,19 @@ def test_the_socket_and_a_folder_made_for_it_are_private(folder: Path) -> None:
     assert not list((folder / "new").iterdir())
 
 
+def test_nobody_may_open_the_socket_before_its_mode_is_set(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[int] = []
+    chmod = Path.chmod
+
+    def spy(path: Path, mode: int) -> None:
+        modes.append(stat.S_IMODE(path.stat().st_mode))
+        chmod(path, mode)
+
+    monkeypatch.setattr(Path, "chmod", spy)
+    Listener(folder / "s.sock").close()
+    assert modes == [0]
+
+
 def test_the_socket_is_as_open_as_was_asked(folder: Path) -> None:
     listener = Listener(folder / "s.sock", mode=0o660)
     assert stat.S_IMODE((folder / "s.sock").stat().st_mode) == 0o660

@@ -29,11 +29,14 @@ from saltern.core.messages import (
     Reply,
     Reserve,
     Reserved,
+    SchedulerHello,
     SessionEnded,
     Stats,
     Welcome,
     WorkerHello,
 )
+from saltern.server.listener import Peer
+from saltern.server.loop import READ_BYTES, _Connection
 from saltern.wire import PROTOCOL_NEWEST, client_wire, encode
 from tests.support import PATIENCE_SECONDS, Engine, Server, engine_at, serving, until, worker_at
 
@@ -58,7 +61,7 @@ def pin(engine: Engine, count: int) -> Acquired:
     return acquired
 
 
-class Peer:
+class Raw:
     """A raw connection, for what no client of ours would do."""
 
     def __init__(self, server: Server) -> None:
@@ -156,7 +159,7 @@ def test_a_second_server_is_refused_and_harms_nobody() -> None:
 def test_another_uid_is_refused_with_the_reason() -> None:
     uid = os.getuid()
     with serving(server={"allowed_uids": [uid + 1]}) as server:
-        peer = Peer(server)
+        peer = Raw(server)
         expected = f"uid {uid} may not use this server, only {uid + 1}: see server.allowed_uids"
         assert peer.receive_all() == [Refused(expected)]
         peer.close()
@@ -166,11 +169,11 @@ def test_another_uid_is_refused_with_the_reason() -> None:
 def test_one_connection_too_many_is_refused_with_the_reason() -> None:
     with serving(server={"connections_max": 2}) as server:
         until(lambda: server.stats() is not None, "the probes of the start are gone")
-        peers = [Peer(server) for _ in range(2)]
+        peers = [Raw(server) for _ in range(2)]
         for peer in peers:
             peer.send(peer.wire.preamble + encode(GetStats()))
             assert isinstance(peer.receive()[0], Stats)
-        third = Peer(server)
+        third = Raw(server)
         assert third.receive_all() == [Refused("the server has its most connections, 2")]
         peers[0].close()
         until(lambda: takes_connections(server), "there is room again")
@@ -189,7 +192,7 @@ def takes_connections(server: Server) -> bool:
 @pytest.mark.parametrize("theirs", [PROTOCOL_NEWEST + 1, 0])
 def test_a_peer_of_another_protocol_is_told_what_to_do(theirs: int) -> None:
     with serving() as server:
-        peer = Peer(server)
+        peer = Raw(server)
         peer.send(b"SALT" + struct.pack("<HH", theirs, theirs))
         (refused,) = peer.receive_all()
         assert refused == Refused(
@@ -209,7 +212,7 @@ def test_a_peer_of_another_protocol_is_told_what_to_do(theirs: int) -> None:
 )
 def test_garbage_is_answered_with_the_reason_and_harms_nobody(garbage: bytes, reason: str) -> None:
     with serving() as server, engine_at(server.path) as engine:
-        peer = Peer(server)
+        peer = Raw(server)
         peer.send(garbage)
         (refused,) = peer.receive_all()
         assert isinstance(refused, Refused)
@@ -238,7 +241,7 @@ def lost(control: Control) -> bool:
 
 def test_the_arena_comes_with_the_welcome_and_is_sealed() -> None:
     with serving() as server:
-        peer = Peer(server)
+        peer = Raw(server)
         peer.send(peer.wire.preamble + worker_hello(os.urandom(NAME_BYTES)))
         assert peer.receive() == [Welcome(arena_bytes=64 * 1024**2, page_bytes=65_536)]
         (fd,) = peer.fds
@@ -247,6 +250,31 @@ def test_the_arena_comes_with_the_welcome_and_is_sealed() -> None:
             with pytest.raises(PermissionError):
                 os.ftruncate(fd, size)
         peer.close()
+
+
+def test_the_arena_comes_with_its_own_message_however_slowly_the_peer_reads() -> None:
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    theirs.setblocking(False)
+    connection = _Connection(1, ours, Peer(pid=0, uid=0))
+    filler = Refused("x" * 1_000_000)  # more than a socket holds
+    connection.queue(filler, with_arena=False)
+    connection.queue(Welcome(arena_bytes=1, page_bytes=1), with_arena=True)
+    connection.queue(filler, with_arena=False)
+    welcome_at = len(client_wire().preamble) + len(encode(filler))
+    received, total = 0, len(connection.outgoing)
+    came_within: list[tuple[int, int]] = []
+    while received < total:
+        connection.flush(arena_fd=ours.fileno())
+        data, ancillary, _, _ = theirs.recvmsg(10_000, socket.CMSG_SPACE(4))
+        if ancillary:
+            came_within.append((received, received + len(data)))
+            os.close(struct.unpack("i", ancillary[0][2])[0])
+        received += len(data)
+    ((start, end),) = came_within
+    assert start <= welcome_at < end
+    ours.close()
+    theirs.close()
 
 
 def test_only_schedulers_get_the_naming_secret() -> None:
@@ -258,7 +286,7 @@ def test_only_schedulers_get_the_naming_secret() -> None:
         with engine_at(server.path) as engine:
             assert engine.welcome.naming_secret == key.read_bytes()
             assert len(key.read_bytes()) == 32
-        peer = Peer(server)
+        peer = Raw(server)
         peer.send(peer.wire.preamble + worker_hello(os.urandom(NAME_BYTES)))
         assert peer.receive() == [Welcome(arena_bytes=64 * 1024**2, page_bytes=65_536)]
         peer.close()
@@ -301,7 +329,7 @@ def test_a_device_that_says_hello_anew_has_drained() -> None:
         with engine_at(server.path) as engine:
             store(engine, 2)
         for _ in range(3):
-            peer = Peer(server)
+            peer = Raw(server)
             peer.send(peer.wire.preamble + worker_hello(name, outlives_socket=True))
             engine = Engine(server.path, workers=(name,))
             assert len(server.stats().sessions) == 1, "the session before still holds its leases"
@@ -315,7 +343,7 @@ def test_a_device_that_says_hello_anew_has_drained() -> None:
 
 def test_a_worker_that_the_server_turns_away_keeps_what_it_may_be_copying() -> None:
     with serving() as server:
-        peer, name = Peer(server), os.urandom(NAME_BYTES)
+        peer, name = Raw(server), os.urandom(NAME_BYTES)
         peer.send(peer.wire.preamble + worker_hello(name))
         engine = Engine(server.path, workers=(name,))
         store(engine, 2)
@@ -353,7 +381,7 @@ def flushed(control: Control) -> bool:
 def test_a_peer_that_does_not_read_is_closed_and_stops_nobody() -> None:
     with serving() as server, engine_at(server.path) as engine:
         store(engine, 3)
-        peer = Peer(server)
+        peer = Raw(server)
         peer.send(peer.wire.preamble)
         peer.socket.setblocking(False)
         request = encode(GetStats()) * 1000
@@ -391,21 +419,30 @@ def test_a_stopped_engine_stops_no_other() -> None:
 
 
 def test_one_flood_does_not_starve_the_others() -> None:
-    with serving() as server, engine_at(server.path) as engine:
-        store(engine, 3)
-        flood = Peer(server)
-        flood.socket.setblocking(False)
-        flood.send(flood.wire.preamble)
-        request = encode(GetStats()) * 5000
-        answered = 0
-        for turn in range(200):
-            with suppress(BlockingIOError):
-                flood.socket.send(request)
-            with suppress(BlockingIOError):
-                answered += len(flood.wire.feed(flood.socket.recv(1 << 20)))
-            assert engine.ask(Lookup(request=turn, user=ALICE, keys=keys(3))) == LookedUp(request=turn, ready=3)
-        assert answered, "the flood was never served, so nothing was shown"
+    with serving() as server, engine_at(server.path, engine="calm") as calm:
+        flood = Raw(server)
+        hello = SchedulerHello(
+            engine="flood", incarnation=bytes(NAME_BYTES), workers=(bytes(NAME_BYTES),), block_bytes=4096
+        )
+        flood.send(flood.wire.preamble + encode(hello))
+        assert isinstance(flood.receive()[0], Welcome)
+        request = Acquire(request=1, user=ALICE, keys=(), start=0)
+        at_once = READ_BYTES // len(encode(request))  # takes tens of milliseconds, the log lines included
+        freeze(server)
+        flood.send(encode(request) * at_once)
+        calm.control.send(request)
+        os.kill(server.pid, signal.SIGCONT)
+        assert isinstance(calm.receive(), Acquired)
+        until(lambda: server.log.count("acquired") == at_once + 1, "the flood is served as well")
+        engines = [line.partition("engine=")[2].split()[0] for line in server.log.splitlines() if "acquired" in line]
+        assert 0 < engines.index("calm") < at_once / 2
         flood.close()
+
+
+def freeze(server: Server) -> None:
+    os.kill(server.pid, signal.SIGSTOP)
+    stat_path = Path(f"/proc/{server.pid}/stat")
+    until(lambda: stat_path.read_text(encoding="ascii").rpartition(")")[2].split()[0] == "T", "the server is stopped")
 
 
 def test_a_server_out_of_descriptors_goes_on_and_recovers() -> None:
@@ -414,7 +451,7 @@ def test_a_server_out_of_descriptors_goes_on_and_recovers() -> None:
         limits = resource.prlimit(server.pid, resource.RLIMIT_NOFILE)
         in_use = max(int(path.name) for path in Path(f"/proc/{server.pid}/fd").iterdir()) + 1
         resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (in_use, limits[1]))
-        waiting = [Peer(server) for _ in range(20)]
+        waiting = [Raw(server) for _ in range(20)]
         until(lambda: "cannot accept a connection" in server.log, "descriptors run out")
         for request in range(200):
             assert engine.ask(Lookup(request=request, user=ALICE, keys=keys(1))) == LookedUp(request=request, ready=1)

@@ -177,8 +177,9 @@ class Lifeline:
         self._changed = threading.Condition()  # a thread that is not in the child may have held the old one
         self._closing.set()
         self._incarnation = None
-        os.close(self._wake_fd)
-        self._wake_fd = -1
+        if self._wake_fd >= 0:
+            os.close(self._wake_fd)
+            self._wake_fd = -1
         if self._connection is not None:
             self._connection.close()
         if self._arena is not None:
