@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from saltern.client.lifeline import Lifeline, Mapping
-from saltern.core.extents import Extent
+from saltern.core.extents import Extent, extent_pages
 from saltern.vllm.copies import Copy
 from saltern.vllm.layout import Layout
 
@@ -48,6 +48,7 @@ class CpuCopier:
 
     def __init__(self, kv: Bytes, layout: Layout, lifeline: Lifeline) -> None:
         self._lifeline = lifeline
+        self._layout = layout
         self._finished: SimpleQueue[Finished] = SimpleQueue()
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="saltern-load")
         self._storer = ThreadPoolExecutor(1, thread_name_prefix="saltern-store")
@@ -92,6 +93,7 @@ class CpuCopier:
         self._finished.put(Finished(copy, is_store, is_failed, seconds=time.monotonic() - began))
 
     def _move(self, copy: Copy, shard: Shard, mapping: Mapping, *, is_store: bool) -> None:
+        check_bounds(copy, shard, self._layout, mapping)
         arena = np.frombuffer(mapping.buffer, dtype=np.uint8)
         for piece in copy.pieces:
             for slot, engine_block in enumerate(piece.engine_blocks, start=piece.first_slot):
@@ -100,6 +102,19 @@ class CpuCopier:
                     block = pages[engine_block]
                     move_slot(arena, piece.extent, position, mapping.page_bytes, block, is_store=is_store)
                     position += block.size
+
+
+def check_bounds(copy: Copy, shard: Shard, layout: Layout, mapping: Mapping) -> None:
+    """Raise ValueError unless all that a copy names exists: before its first byte moves, so none does in vain."""
+    arena_pages = len(mapping.buffer) // mapping.page_bytes
+    for piece in copy.pieces:
+        if not all(0 <= run.start < run.start + run.count <= arena_pages for run in piece.extent):
+            raise ValueError(f"{piece.extent} reaches out of the arena's {arena_pages} pages")
+        end = shard.offset + (piece.first_slot + len(piece.engine_blocks)) * shard.slot_bytes
+        if end > extent_pages(piece.extent) * mapping.page_bytes:
+            raise ValueError(f"{piece.extent} ends before byte {end} of the block")
+        if not all(0 <= block < layout.blocks for block in piece.engine_blocks):
+            raise ValueError(f"the KV cache has {layout.blocks} blocks, and not all of {piece.engine_blocks}")
 
 
 def move_slot(arena: Bytes, extent: Extent, position: int, page_bytes: int, block: Bytes, *, is_store: bool) -> None:

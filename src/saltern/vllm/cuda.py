@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from saltern.client.lifeline import Arena, Lifeline, Mapping
-from saltern.vllm.copier import ATTACH_SECONDS_MAX, Finished, Shard, extent_slices
+from saltern.vllm.copier import ATTACH_SECONDS_MAX, Finished, Shard, check_bounds, extent_slices
 from saltern.vllm.copies import Copy
 from saltern.vllm.layout import Layout
 
@@ -56,6 +56,7 @@ class CudaCopier:
 
     def __init__(self, kv: torch.Tensor, layout: Layout, lifeline: Lifeline) -> None:
         self._lifeline = lifeline
+        self._layout = layout
         self._device = kv.device
         self._loads = _Lane(kv.device, layout.slot_bytes)
         self._stores = _Lane(kv.device, layout.slot_bytes)
@@ -115,6 +116,7 @@ class CudaCopier:
         self.finished()
 
     def _launch(self, copy: Copy, shard: Shard, mapping: Mapping, lane: _Lane, *, is_store: bool) -> None:
+        check_bounds(copy, shard, self._layout, mapping)
         arena = torch.frombuffer(mapping.buffer, dtype=torch.uint8)
         for piece in copy.pieces:
             for slot, engine_block in enumerate(piece.engine_blocks, start=piece.first_slot):
