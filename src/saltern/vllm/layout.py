@@ -19,6 +19,10 @@ from typing import Any
 CONTIGUOUS_PAGES = ("LBHNC", "LBNHC", "BLHNC", "BLNHC")
 """vLLM's layouts in which a layer's page of a block is one piece: heads (H) don't lie outside of blocks (B)."""
 
+FULL_ATTENTION = ("FullAttentionSpec", "MLAAttentionSpec")
+"""vLLM's kinds of layers that keep the KV of every token. Others give blocks back while a request runs (and have
+its null block in their place), or keep a state that isn't a sum of blocks. Subclasses are other kinds."""
+
 
 class LayoutError(ValueError):
     """The engine's KV cache can't be cached. The text says why and what to do."""
@@ -67,11 +71,21 @@ def read_layout(kv_cache_config: Any, *, layout_name: str | None) -> Layout:
             f" Saltern supports {', '.join(CONTIGUOUS_PAGES)}"
         )
     group = groups[0]
+    _check_kind(group.kv_cache_spec)
     tensors = tuple(_layer_pages(tensor, group.kv_cache_spec) for tensor in kv_cache_config.kv_cache_tensors)
     named = [name for tensor in kv_cache_config.kv_cache_tensors for name in tensor.layers]
     if sorted(named) != sorted(group.layer_names) or not named:
         raise LayoutError("vLLM's KV tensors don't hold each layer of the model once; Saltern can't tell what to copy")
     return Layout(tensors=tensors, blocks=kv_cache_config.num_blocks)
+
+
+def _check_kind(spec: Any) -> None:
+    for layer in getattr(spec, "kv_cache_specs", {"": spec}).values():
+        if type(layer).__name__ not in FULL_ATTENTION or layer.non_causal:
+            raise LayoutError(
+                f"this model's layers ({type(layer).__name__}) don't all have full attention that looks back only;"
+                " Saltern caches no others. Start vLLM without Saltern's connector for this model"
+            )
 
 
 def _layer_pages(tensor: Any, spec: Any) -> LayerPages:
