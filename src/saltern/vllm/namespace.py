@@ -41,6 +41,8 @@ def namespace_digest(
         "hf_overrides": repr(model.hf_overrides),
         "dtype": str(model.dtype),
         "quantization": str(model.quantization),
+        "load_format": str(vllm_config.load_config.load_format),  # "dummy" reads none of the files
+        "max_model_len": model.max_model_len,  # LongRoPE takes other factors for long contexts
         "kv_dtype": str(cache.cache_dtype),
         "kv_skipped_layers": repr(getattr(cache, "kv_cache_dtype_skip_layers", None)),
         "sliding_window": repr(getattr(cache, "sliding_window", None)),
@@ -85,7 +87,10 @@ def _model_folder(model: str, revision: str | None) -> Path | None:
         from huggingface_hub import try_to_load_from_cache
     except ImportError:
         return None
-    config = try_to_load_from_cache(model, "config.json", revision=revision)
+    try:
+        config = try_to_load_from_cache(model, "config.json", revision=revision)
+    except ValueError:  # no name that the hub could know, such as s3://…
+        return None
     return Path(config).parent if isinstance(config, str) else None
 
 
