@@ -349,8 +349,8 @@ class Engine:
             case SessionEnded():
                 self.is_attached = False
                 self.site.world.after(self.site.retry_delay, lambda: self.leave(link))
-            case Refused():
-                self.pending.popleft()
+            case Refused():  # the hello, or what was sent before it was read that the hello was refused
+                self.pending.clear()
             case Welcome() | LookedUp() | Acquired() | Reserved():
                 self._answered(message)
             case _:

@@ -84,7 +84,7 @@ class Cache:
                 try:
                     self._receive(connection, message)
                 except ViolationError as violation:
-                    effects.append(Close(connection, reason=str(violation)))
+                    self._refuse(connection, str(violation))
             case Disconnected(connection):
                 self._disconnect(connection)
             case Gone(connection):
