@@ -89,5 +89,5 @@ def _secret(path: str | None) -> bytes | None:
         return None
     try:
         return read_secret(Path(path).expanduser())
-    except (OSError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: nobody's home
         raise SettingsError(f"saltern.secret_file: {error}") from None
