@@ -7,12 +7,13 @@ import pickle
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any, cast
 from unittest import mock
 
 import msgspec
+import numpy as np
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from vllm.sampling_params import SamplingParams
@@ -25,7 +26,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from .findings import EngineDied, Finding, NotDrained, Stuck, WrongOutput
-from .model import Sequence
+from .model import Sequence, mix
 from .options import Options, vllm_config
 from .worker import Worker
 
@@ -86,6 +87,11 @@ class FakeExecutor(Executor):
     def check_health(self) -> None:
         return
 
+    def catch_up(self) -> None:
+        """Run all that the workers lag behind with."""
+        while self._jobs:
+            self._jobs.popleft().run()
+
     def _submit(self, method: str, argument: Any, non_block: bool) -> Any:
         # What the scheduler does to its objects afterwards must not reach a worker that lags, so it is pickled now.
         sent = pickle.dumps(argument) if self._options.crosses_processes else None
@@ -125,6 +131,7 @@ class Counts(msgspec.Struct):
     preemptions: int = 0
     aborts: int = 0
     aborts_during_load: int = 0
+    resets: int = 0
 
 
 LoadFault = Callable[[int, str, list[int]], set[int]]
@@ -134,7 +141,8 @@ LoadFault = Callable[[int, str, list[int]], set[int]]
 class Engine:
     """One engine and its clients.
 
-    `leftovers` is asked, once all requests are gone, what the connector still holds. Use as a context manager.
+    `leftovers` is asked, once all requests are gone, what the connector still holds. `on_step` is called before every
+    step: what goes on around the engine meanwhile. Use as a context manager.
     Raises a `Finding` from the call in which something went wrong.
     """
 
@@ -145,8 +153,11 @@ class Engine:
         extra: dict[str, Any] | None = None,
         leftovers: Callable[["Engine"], list[str]] | None = None,
         load_fault: LoadFault | None = None,
+        on_step: Callable[[], None] | None = None,
     ) -> None:
         self.options = options
+        self.weights = np.uint64(0)  # what the KV depends on beside the tokens
+        self.on_step = on_step
         self.answers: dict[str, Answer] = {}
         self.counts = Counts()
         self._idle_steps = 0  # in a row
@@ -155,7 +166,7 @@ class Engine:
         self._max_tokens: dict[str, int] = {}
         self._findings: list[Finding] = []
         self._leftovers = leftovers
-        self._load_fault = load_fault
+        self.load_fault = load_fault
         # Which model runner the scheduler addresses is read from the environment, and only at start.
         runner = {"VLLM_USE_V2_MODEL_RUNNER": "1" if options.runner_v2 else "0"}
         # Freezing the heap for garbage collection and caching the environment suit a process with one engine for life.
@@ -167,7 +178,8 @@ class Engine:
         assert isinstance(self.core.scheduler, Scheduler), "not one of vLLM's schedulers"
         self.scheduler = self.core.scheduler
         self.pool = self.scheduler.kv_cache_manager.block_pool
-        self.workers = cast(FakeExecutor, self.core.model_executor).workers
+        self.workers_executor = cast(FakeExecutor, self.core.model_executor)
+        self.workers = self.workers_executor.workers
 
     def __enter__(self) -> "Engine":
         return self
@@ -232,6 +244,28 @@ class Engine:
         self.run()
         return self.answers[request_id]
 
+    def change_weights(self) -> bool:
+        """Change the weights in place, as a trainer does: preempt all, empty both caches, go on.
+
+        Returns False if vLLM refuses, since blocks are held or awaited: then nothing has changed but that running
+        requests may have been preempted, and the trainer tries again.
+        """
+        if any(self.is_loading(request_id) for request_id in self.scheduler.requests):
+            # vLLM can't preempt these; but the external cache it empties even so.
+            self._alive(lambda: self.core.reset_prefix_cache(False, True))
+            return False
+        self.workers_executor.catch_up()
+        try:
+            done = self.core.reset_prefix_cache(True, True)
+        except RuntimeError as refusal:
+            if "Failed to reset KV cache" not in str(refusal):
+                raise
+            return False
+        assert done, "vLLM's cache is empty and the connector's isn't"
+        self.weights = np.uint64(mix(int(self.weights)))
+        self.counts.resets += 1
+        return True
+
     # Steps
 
     @property
@@ -241,6 +275,7 @@ class Engine:
 
     def step(self) -> bool:
         """Take one step of the busy loop. Returns whether a forward pass was submitted."""
+        self.pass_time()
         outputs, executed = self._alive(self.core.step_fn)
         self.counts.steps += 1
         self.counts.empty_steps += not executed
@@ -252,6 +287,11 @@ class Engine:
         if not executed and self.options.idle_seconds and self.scheduler.has_requests():
             time.sleep(self.options.idle_seconds)  # as vLLM's loop does, to let transfer threads have the interpreter
         return bool(executed)
+
+    def pass_time(self) -> None:
+        """Let happen around the engine what happens during a step; an idle engine takes none, and time passes."""
+        if self.on_step is not None:
+            self._alive(self.on_step)
 
     def run(self, until: Callable[[], bool] | None = None) -> None:
         """Step until nothing is left to do, or until a condition holds."""
@@ -307,6 +347,11 @@ class Engine:
             place = f"{frame.f_code.co_filename}:{line}, {frame.f_code.co_qualname}"
             raise EngineDied(f"step {self.counts.steps}: {type(error).__name__}: {error} ({place})") from error
 
+    @property
+    def sequences(self) -> Mapping[str, Sequence]:
+        """Return what each request consists of."""
+        return self._sequences
+
     # Asked by the workers
 
     def sequence(self, request_id: str) -> Sequence:
@@ -334,7 +379,7 @@ class Engine:
             return set()  # the scheduler will notice by itself
         self.counts.loads += rank == 0
         block_ids = self._loaded_blocks(request)
-        faults = self._load_fault(rank, request_id, block_ids) if self._load_fault and block_ids else set()
+        faults = self.load_fault(rank, request_id, block_ids) if self.load_fault and block_ids else set()
         self.counts.loads_failed += bool(faults)
         return faults
 

@@ -21,16 +21,22 @@ class Sequence:
     def __init__(self, prompt: list[int], tag: str = "") -> None:
         assert prompt, "an empty prompt has no prefix"
         self.prompt_tokens = len(prompt)
+        self.tag = tag
         self._tokens = list(prompt)
         self._hashes: list[int] = []
         self._hash = 0
         for byte in tag.encode():
-            self._hash = _mix(self._hash ^ byte)
+            self._hash = mix(self._hash ^ byte)
 
     def tokens(self, count: int) -> list[int]:
         """Return the first `count` tokens."""
         self._extend(count)
         return self._tokens[:count]
+
+    @property
+    def known(self) -> list[int]:
+        """Return the prompt, and the tokens behind it that somebody asked for."""
+        return self._tokens
 
     def hashes(self, start: int, end: int) -> Words:
         """Return the prefix hashes of positions `[start, end)`."""
@@ -42,7 +48,7 @@ class Sequence:
             position = len(self._hashes)
             if position == len(self._tokens):
                 self._tokens.append((self._hash >> 33) % VOCABULARY)
-            self._hash = _mix(self._hash ^ (self._tokens[position] + 1))
+            self._hash = mix(self._hash ^ (self._tokens[position] + 1))
             self._hashes.append(self._hash)
 
 
@@ -60,11 +66,11 @@ def kv(hashes: Words, keys: Words) -> Words:
 def slot_keys(rank: int, layers: int, heads: int, words: int) -> Words:
     """Return one key for each place of a slot, so that no two ranks, layers, heads or words hold the same value."""
     count = layers * heads * words
-    keys = [_mix(1 + rank * count + index) for index in range(count)]
+    keys = [mix(1 + rank * count + index) for index in range(count)]
     return np.array(keys, dtype=np.uint64).reshape(layers, heads, words)
 
 
-def _mix(value: int) -> int:
+def mix(value: int) -> int:
     """Mix 64 bits (the output function of splitmix64)."""
     value = (value + _GOLDEN) & _MASK
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK

@@ -13,6 +13,8 @@ from .options import VOCABULARY, Options
 
 SALTS = (None, "alice", "alice", "bob")  # somebody comes more often, so that there is something to hit
 PREFIXES = 2
+WEIGHTS_AGAIN_STEPS = 25
+OUTPUT_TOKENS_MAX = 49  # each costs a step
 
 
 class Arrival(msgspec.Struct, frozen=True):
@@ -36,7 +38,8 @@ class Arrival(msgspec.Struct, frozen=True):
 class Scenario(msgspec.Struct, frozen=True):
     """What happens under one seed. `fault_share` is the share of loads that the workers spoil and report bad.
 
-    `knobs` are numbers in [0, 1) for the connector under test, so that its own delays and faults follow from the seed.
+    The weights change at each of `weight_steps`, or as soon after it as vLLM allows. `knobs` are numbers in [0, 1)
+    for the connector under test, so that its own delays and faults follow from the seed.
     """
 
     seed: int
@@ -44,12 +47,13 @@ class Scenario(msgspec.Struct, frozen=True):
     arrivals: list[Arrival]
     fault_share: float
     knobs: list[float]
+    weight_steps: tuple[int, ...] = ()
 
 
-def scenario(seed: int) -> Scenario:
-    """Make the scenario of a seed."""
+def scenario(seed: int, options_of: Callable[[Random], Options] | None = None) -> Scenario:
+    """Make the scenario of a seed, with options of its own choice or another's."""
     random = Random(seed)
-    options = _options(random)
+    options = (options_of or _options)(random)
     prefixes = [_tokens(random, options.context_tokens) for _ in range(PREFIXES)]
     steps_max = random.choice((5, 30, 80))
     arrivals: list[Arrival] = []
@@ -71,19 +75,28 @@ def play(
     leftovers: Callable[[Engine], list[str]] | None = None,
 ) -> Counts:
     """Play a scenario to its end and return what it went through. Raises a `Finding`."""
-    fault = _fault(Random(plan.seed), plan.fault_share, plan.options) if plan.fault_share else None
-    with Engine(plan.options, connector, extra, leftovers, fault) as engine:
-        _play(plan, engine)
+    with Engine(plan.options, connector, extra, leftovers, load_fault(plan)) as engine:
+        play_arrivals(plan, engine)
         engine.check_drained()
         return engine.counts
 
 
-def _play(plan: Scenario, engine: Engine) -> None:
-    """Send and abort until the last request was sent and nothing is left to do."""
+def load_fault(plan: Scenario) -> LoadFault | None:
+    """Return which loads the workers spoil."""
+    return _fault(Random(plan.seed), plan.fault_share, plan.options) if plan.fault_share else None
+
+
+def play_arrivals(plan: Scenario, engine: Engine, steps_max: int | None = None) -> None:
+    """Send and abort until the last request was sent and nothing is left to do, or for `steps_max` steps."""
+    weight_steps = list(plan.weight_steps)
     arrivals = list(plan.arrivals)
     aborts: list[tuple[int | None, Arrival]] = []
     step = 0
-    while arrivals or engine.busy:
+    while (arrivals or engine.busy or weight_steps) and (steps_max is None or step < steps_max):
+        if weight_steps and weight_steps[0] <= step:
+            # A refused attempt has preempted all that ran: whoever tries again at every step stops the engine.
+            refused = [] if engine.change_weights() else [step + WEIGHTS_AGAIN_STEPS]
+            weight_steps = refused + weight_steps[1:]
         while arrivals and arrivals[0].step <= step:
             arrival = arrivals.pop(0)
             sampling = {} if arrival.reads_cache else {"skip_reading_prefix_cache": True}
@@ -100,6 +113,8 @@ def _play(plan: Scenario, engine: Engine) -> None:
         # An idle engine sleeps until the next request, as vLLM's does: time passes, and no step is taken.
         if engine.busy:
             engine.move()
+        else:
+            engine.pass_time()
 
 
 def _options(random: Random) -> Options:
@@ -122,7 +137,7 @@ def _options(random: Random) -> Options:
 
 
 def _arrival(random: Random, step: int, options: Options, prefixes: list[list[int]], earlier: list[Arrival]) -> Arrival:
-    max_tokens = random.choice((1, 3, options.block_tokens, 3 * options.block_tokens + 1))
+    max_tokens = min(random.choice((1, 3, options.block_tokens, 3 * options.block_tokens + 1)), OUTPUT_TOKENS_MAX)
     longest = min(options.context_tokens - max_tokens, 8 * options.block_tokens)
     salt, prompt = random.choice(SALTS), _prompt(random, options, prefixes, longest)
     if earlier and random.random() < 0.3:

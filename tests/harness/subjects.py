@@ -14,15 +14,19 @@ from .scenario import Scenario, play, scenario
 
 
 class Subject(msgspec.Struct, frozen=True):
-    """A connector to judge. `settings` become `kv_connector_extra_config`; what they lead to outlives an engine."""
+    """A connector to judge. `settings` become `kv_connector_extra_config`; what they lead to outlives an engine.
+
+    `on_step` lets time pass there.
+    """
 
     connector: type[KVConnectorBase_V1]
     settings: dict[str, Any]
     leftovers: Callable[[Engine], list[str]] | None = None
+    on_step: Callable[[], None] | None = None
 
     def engine(self, options: Options, load_fault: LoadFault | None = None, **settings: Any) -> Engine:
         """Start an engine with this connector, and with more settings if given."""
-        return Engine(options, self.connector, self.settings | settings, self.leftovers, load_fault)
+        return Engine(options, self.connector, self.settings | settings, self.leftovers, load_fault, self.on_step)
 
 
 def run(seed: int, connector: type[ReferenceConnector] = ReferenceConnector) -> Counts:

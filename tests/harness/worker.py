@@ -196,12 +196,12 @@ class Worker:
     def _compute(self, layer: int, chunk: Chunk) -> None:
         hashes = self._engine.sequence(chunk.request_id).hashes(chunk.start, chunk.end)
         blocks, slots = self._places(chunk.request_id, chunk.start, chunk.end)
-        values = kv(hashes, self._keys[layer : layer + 1])[:, 0]
+        values = kv(hashes, self.keys[layer : layer + 1])[:, 0]
         self._kv[layer, blocks, :, slots] = values
         self._shadow[layer, blocks, :, slots] = values
 
     def _check(self, chunk: Chunk) -> None:
-        expected = kv(self._engine.sequence(chunk.request_id).hashes(0, chunk.end), self._keys)
+        expected = kv(self._engine.sequence(chunk.request_id).hashes(0, chunk.end), self.keys)
         blocks, slots = self._places(chunk.request_id, 0, chunk.end)
         wrong = self._kv[:, blocks, :, slots] != expected  # [positions, layers, heads, words]
         if not wrong.any():
@@ -221,6 +221,11 @@ class Worker:
         if chunk.end < self._states[chunk.request_id].known_tokens:
             return []
         return self._engine.sequence(chunk.request_id).tokens(chunk.end + 1)[-1:]
+
+    @property
+    def keys(self) -> Words:
+        """Return the key of each place of a slot, under the present weights."""
+        return self._keys ^ self._engine.weights
 
     def _places(self, request_id: str, start: int, end: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the blocks and the slots within them of positions `[start, end)`, by the block table."""
