@@ -1,0 +1,336 @@
+"""Tests of the connector's own part: what it refuses at start, whom it caches, and what it hands on."""
+
+import pickle
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import vllm
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.lora.request import LoRARequest
+from vllm.pooling_params import PoolingParams
+from vllm.sampling_params import SamplingParams
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.request import Request
+
+import saltern.vllm
+from saltern.vllm.connector import (
+    PooledBlocks,
+    SalternConnector,
+    SalternHandshake,
+    SalternMetadata,
+    SalternReports,
+    _check_start,
+    _geometry,
+    _salt_of,
+)
+from saltern.vllm.copier import CpuCopier, Shard
+from saltern.vllm.copies import Copies, Copy, Piece, Reports
+from saltern.vllm.devices import make_copier
+from saltern.vllm.layout import LayoutError
+from saltern.vllm.planner import Geometry
+from saltern.vllm.settings import Settings, SettingsError
+from tests.vllm.arena import make_layout
+
+
+def make_config(**changes: Any) -> Any:
+    """Return as much of vLLM's configuration as is read at start, of an engine that is accepted."""
+    config = SimpleNamespace(
+        kv_transfer_config=SimpleNamespace(
+            kv_role="kv_both",
+            kv_load_failure_policy="recompute",
+            kv_connector_extra_config={"saltern.socket": "/nowhere/saltern.sock"},
+            engine_id="engine",
+        ),
+        cache_config=SimpleNamespace(cache_dtype="auto", block_size=16),
+        model_config=SimpleNamespace(is_encoder_decoder=False),
+        parallel_config=SimpleNamespace(
+            nnodes=1, decode_context_parallel_size=1, prefill_context_parallel_size=1, world_size=2, rank=0
+        ),
+        speculative_config=None,
+    )
+    for path, value in changes.items():
+        part, _, name = path.partition("__")
+        if name:
+            setattr(getattr(config, part), name, value)
+        else:
+            setattr(config, part, value)
+    return config
+
+
+def make_request(*, pooling: bool = False, sampling: dict[str, Any] | None = None, **changes: Any) -> Request:
+    """Return a request as vLLM makes it."""
+    options: dict[str, Any] = {
+        "request_id": "r",
+        "prompt_token_ids": [1, 2, 3],
+        "sampling_params": None if pooling else SamplingParams(max_tokens=4, **(sampling or {})),
+        "pooling_params": PoolingParams() if pooling else None,
+    }
+    return Request(**(options | changes))
+
+
+class TestStart:
+    """An engine that can't be cached correctly is refused with a reason, before it serves anybody."""
+
+    def test_an_engine_that_is_as_it_must_be_is_accepted(self) -> None:
+        assert _check_start(make_config()).socket == "/nowhere/saltern.sock"
+
+    @pytest.mark.parametrize("method", ["ngram", "suffix"])
+    def test_speculation_without_a_model_is_accepted(self, method: str) -> None:
+        _check_start(make_config(speculative_config=SimpleNamespace(method=method)))
+
+    @pytest.mark.parametrize("dtype", ["auto", "bfloat16", "fp8", "fp8_e4m3"])
+    def test_kv_types_with_constant_scales_are_accepted(self, dtype: str) -> None:
+        _check_start(make_config(cache_config__cache_dtype=dtype))
+
+    @pytest.mark.parametrize(
+        ("changes", "told"),
+        [
+            ({"kv_transfer_config__kv_role": "kv_producer"}, '"kv_role": "kv_both"'),
+            ({"kv_transfer_config__kv_role": "kv_consumer"}, '"kv_role": "kv_both"'),
+            ({"kv_transfer_config__kv_load_failure_policy": "fail"}, '"kv_load_failure_policy": "recompute"'),
+            ({"kv_transfer_config__kv_connector_extra_config": {"saltern.sockt": ""}}, "saltern.socket"),
+            ({"cache_config__cache_dtype": "fp8_per_token_head"}, "--kv-cache-dtype fp8_per_token_head"),
+            ({"model_config__is_encoder_decoder": True}, "encoder-decoder"),
+            ({"parallel_config__nnodes": 2}, "several nodes"),
+            ({"parallel_config__decode_context_parallel_size": 2}, "context parallelism"),
+            ({"parallel_config__prefill_context_parallel_size": 2}, "context parallelism"),
+            ({"speculative_config": SimpleNamespace(method="eagle")}, "draft model .eagle."),
+            ({"speculative_config": SimpleNamespace(method="mtp")}, "draft model .mtp."),
+        ],
+    )
+    def test_another_is_refused(self, changes: dict[str, Any], told: str) -> None:
+        with pytest.raises(SettingsError, match=told):
+            _check_start(make_config(**changes))
+
+    @pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "0.33.0rc1", "1.0.0"])
+    def test_another_vllm_is_refused(self, version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(vllm, "__version__", version)
+        with pytest.raises(SettingsError, match=f"this is {version}"):
+            _check_start(make_config())
+
+    @pytest.mark.parametrize("version", ["0.32.0", "0.32.7", "0.32.1rc1", "0.32.0+cpu"])
+    def test_releases_and_builds_of_the_supported_vllm_are_accepted(
+        self, version: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(vllm, "__version__", version)
+        _check_start(make_config())
+
+    @pytest.mark.parametrize(
+        ("engine_tokens", "setting", "block_tokens"),
+        [(16, None, 128), (128, None, 128), (256, None, 256), (48, None, 96), (16, 16, 16), (16, 64, 64)],
+    )
+    def test_a_block_is_a_multiple_of_the_engines(
+        self, engine_tokens: int, setting: int | None, block_tokens: int
+    ) -> None:
+        config = make_config(cache_config__block_size=engine_tokens)
+        geometry = _geometry(config, Settings(socket="", block_tokens=setting))
+        assert geometry == Geometry(block_tokens=block_tokens, engine_block_tokens=engine_tokens)
+
+    @pytest.mark.parametrize("setting", [0, -16, 8, 24])
+    def test_a_block_that_is_none_is_refused(self, setting: int) -> None:
+        with pytest.raises(SettingsError, match=f"saltern.block_tokens is {setting}, but must be a multiple"):
+            _geometry(make_config(), Settings(socket="", block_tokens=setting))
+
+    def test_a_scheduler_that_hears_of_no_or_not_all_workers_is_refused(self) -> None:
+        connector = make_connector()
+        with pytest.raises(LayoutError, match="0 of 2 workers"):
+            connector.set_xfer_handshake_metadata_pp_aware({})
+        alone = SalternHandshake(b"n" * 16, rank=1, slot_bytes=8, facts={})
+        with pytest.raises(LayoutError, match="1 of 2 workers"):
+            connector.set_xfer_handshake_metadata_pp_aware({(0, 1): alone})
+
+    def test_the_name_is_registered_once_however_often_plugins_are_loaded(self) -> None:
+        saltern.vllm.register()
+        saltern.vllm.register()
+        assert KVConnectorFactory.get_connector_class_by_name("SalternConnector") is SalternConnector
+        assert saltern.vllm.SalternConnector is SalternConnector
+
+
+class TestSalts:
+    """Who a request belongs to, and which requests nobody's cache may answer."""
+
+    @pytest.mark.parametrize("salt", ["alice", " ", "\0", "\udc80"])
+    def test_a_salt_is_a_user(self, salt: str) -> None:
+        for require_salt in (True, False):
+            assert _salt_of(make_request(cache_salt=salt), require_salt=require_salt) == salt
+
+    @pytest.mark.parametrize("salt", [None, ""])
+    def test_no_salt_is_one_user_unless_salts_are_required(self, salt: str | None) -> None:
+        assert _salt_of(make_request(cache_salt=salt), require_salt=False) == ""
+        assert _salt_of(make_request(cache_salt=salt), require_salt=True) is None
+
+    @pytest.mark.parametrize("salt", [0, 1, b"alice", ["alice"], {"tenant": "alice"}, True])
+    def test_a_salt_that_is_no_text_is_nobody(self, salt: Any) -> None:
+        assert _salt_of(make_request(cache_salt=salt), require_salt=False) is None
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            pytest.param({"sampling": {"prompt_logprobs": 0}}, id="prompt-logprobs"),
+            pytest.param({"sampling": {"prompt_logprobs": 5}}, id="prompt-logprobs-of-several"),
+            pytest.param({"sampling": {"skip_reading_prefix_cache": True}}, id="skips-reading"),
+            pytest.param({"pooling": True}, id="pooling"),
+            pytest.param({"prompt_token_ids": None, "prompt_embeds": torch.zeros(3, 8)}, id="embeddings"),
+            pytest.param({"prompt_embeds": torch.zeros(3, 8)}, id="embeddings-beside-tokens"),
+            pytest.param({"mm_features": [object()]}, id="images"),
+            pytest.param({"resumable": True}, id="resumable"),
+        ],
+    )
+    def test_what_tokens_do_not_decide_or_may_not_come_from_a_cache_is_not_cached(
+        self, changes: dict[str, Any]
+    ) -> None:
+        assert _salt_of(make_request(cache_salt="alice", **changes), require_salt=False) is None
+
+    def test_what_a_client_may_write_besides_is_not_read(self) -> None:
+        hostile = {"extra_args": {"kv_transfer_params": {"cache_salt": "bob", "do_remote_prefill": object()}}}
+        assert _salt_of(make_request(cache_salt="alice", sampling=hostile), require_salt=False) == "alice"
+
+
+class Recorder:
+    """A planner that notes what it is told."""
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+        self.matched: int | None = 0
+        self.has_unfinished_work = self.has_stores_in_flight = True
+
+    def add(self, request: Any, salt: str, extras: bytes = b"") -> None:
+        self.calls.append(("add", request.request_id, salt, extras))
+
+    def match(self, request_id: str, local_tokens: int) -> int | None:
+        self.calls.append(("match", request_id, local_tokens))
+        return self.matched
+
+    def admit(self, request_id: str, block_ids: Any, loaded_tokens: int) -> None:
+        self.calls.append(("admit", request_id, list(block_ids), loaded_tokens))
+
+    def plan(self, scheduled_tokens: Any, block_ids_of: Any) -> Copies:
+        self.calls.append(("plan", dict(scheduled_tokens), {name: block_ids_of(name) for name in scheduled_tokens}))
+        return Copies()
+
+    def remove(self, request_id: str) -> None:
+        self.calls.append(("remove", request_id))
+
+
+def make_connector(planner: Any = None, **extra: Any) -> SalternConnector:
+    """Return a scheduler's connector, before its start or with a planner given to it."""
+    config = make_config()
+    config.kv_transfer_config.kv_connector_extra_config.update(extra)
+    kv_config: Any = SimpleNamespace()
+    connector = SalternConnector(config, KVConnectorRole.SCHEDULER, kv_config)
+    connector._planner = planner
+    return connector
+
+
+class TestScheduler:
+    """vLLM's hooks reach the planner with what it needs, and no more."""
+
+    def test_before_its_start_it_answers_and_caches_nothing(self) -> None:
+        connector = make_connector()
+        request = make_request()
+        connector.on_new_request(request)
+        assert connector.get_num_new_matched_tokens(request, 0) == (0, False)
+        assert connector.request_finished(request, []) == (False, None)
+        assert not connector.has_pending_push_work()
+        assert not connector.has_pending_block_frees()
+        assert connector.reset_cache()
+        assert not connector.requires_kv_delivery
+        connector.shutdown()
+
+    def test_each_request_is_added_under_its_own_salt(self) -> None:
+        planner = Recorder()
+        connector = make_connector(planner)
+        for name in ("alice", "bob"):
+            connector.on_new_request(make_request(request_id=f"of-{name}", cache_salt=name))
+        assert planner.calls == [("add", "of-alice", "alice", b""), ("add", "of-bob", "bob", b"")]
+
+    def test_a_required_salt_that_is_missing_keeps_a_request_out(self) -> None:
+        planner = Recorder()
+        make_connector(planner, **{"saltern.require_salt": True}).on_new_request(make_request())
+        assert not planner.calls
+
+    def test_an_adapter_that_is_not_known_yet_keeps_a_request_out(self) -> None:
+        planner = Recorder()
+        connector = make_connector(planner)
+        connector.on_new_request(make_request(lora_request=LoRARequest("adapter", 1, "/no/such/adapter")))
+        assert not planner.calls
+        connector.shutdown()
+
+    @pytest.mark.parametrize(("matched", "answer"), [(None, (None, False)), (0, (0, False)), (128, (128, True))])
+    def test_hits_are_loaded_asynchronously_and_misses_are_not(
+        self, matched: int | None, answer: tuple[int | None, bool]
+    ) -> None:
+        planner = Recorder()
+        planner.matched = matched
+        assert make_connector(planner).get_num_new_matched_tokens(make_request(), 32) == answer
+        assert planner.calls == [("match", "r", 32)]
+
+    def test_speculated_tokens_are_left_out_and_blocks_are_the_requests_own(self) -> None:
+        planner = Recorder()
+        blocks = {"a": ([1, 2],), "b": None}
+        output: Any = SimpleNamespace(
+            num_scheduled_tokens={"a": 5, "b": 1},
+            scheduled_spec_decode_tokens={"a": [7, 8, 9]},
+            kv_connector_block_state=SimpleNamespace(get_block_ids=blocks.get),
+        )
+        connector = make_connector(planner)
+        connector._shards = (Shard(0, 8),)
+        assert connector.build_connector_meta(output) == SalternMetadata(Copies(), (Shard(0, 8),))
+        assert planner.calls == [("plan", {"a": 2, "b": 1}, {"a": [1, 2], "b": None})]
+
+    def test_a_finished_requests_blocks_are_never_delayed(self) -> None:
+        planner = Recorder()
+        connector = make_connector(planner)
+        assert connector.request_finished(make_request(), [1, 2]) == (False, None)
+        assert planner.calls == [("remove", "r")]
+        assert connector.has_pending_push_work()
+        assert connector.has_pending_block_frees()
+
+    def test_what_crosses_to_the_workers_and_back_survives_the_way(self) -> None:
+        copies = Copies(loads=[Copy(1, b"i", "r", (Piece((), 0, (1, 2)),))])
+        for sent in (SalternMetadata(copies, (Shard(0, 8),)), SalternReports(Reports({1: 1}, {2: 1}))):
+            assert pickle.loads(pickle.dumps(sent)) == sent  # noqa: S301  # vLLM's way between its own processes
+
+    def test_reports_of_ranks_add_up(self) -> None:
+        total = SalternReports(Reports(done={1: 1}, failed={2: 1}))
+        total = total.aggregate(SalternReports(Reports(done={1: 1, 3: 1}, failed={2: 1})))
+        assert total.reports == Reports(done={1: 2, 3: 1}, failed={2: 2})
+
+
+class TestBlocks:
+    """Blocks are held and freed as vLLM's own pool counts them."""
+
+    def test_a_held_block_is_not_reused_until_it_is_freed(self) -> None:
+        pool = BlockPool(num_gpu_blocks=4, enable_caching=False, hash_block_size=16)
+        blocks = PooledBlocks(pool)
+        assert blocks.total == 4
+        owned = pool.get_new_blocks(3)
+        block_ids = [block.block_id for block in owned]
+        blocks.hold(block_ids[:2])
+        pool.free_blocks(owned)
+        assert pool.get_num_free_blocks() == 1
+        blocks.free(block_ids[:2])
+        assert pool.get_num_free_blocks() == 3
+        assert {block.ref_cnt for block in owned} == {0}
+
+
+class TestDevices:
+    """The worker's KV cache is found behind whatever view of it vLLM hands over."""
+
+    def test_a_layers_view_leads_to_the_whole_buffer(self) -> None:
+        layout, size = make_layout([(2, 32)], blocks=4, layers_first=True)
+        buffer = torch.arange(size, dtype=torch.int64).to(torch.int8)
+        layer = buffer.view(torch.bfloat16)[64:].view(4, 1, 2, 8)
+        lifeline: Any = SimpleNamespace()
+        copier = make_copier(layer, layout, lifeline)
+        assert isinstance(copier, CpuCopier)
+        (pages,) = copier._pages
+        assert pages.shape == (4, 2, 32)
+        assert (pages[1, 1] == np.arange(128 + 32, 128 + 64).astype(np.uint8)).all()
+        pages[3, 1] = 7
+        assert (buffer[-32:] == 7).all(), "the copier writes to a copy"
+        copier.close()
