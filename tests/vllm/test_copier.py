@@ -1,7 +1,8 @@
 """Tests of the copier for CPUs: any layout, any extent, byte by byte, and nothing else touched."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from typing import Any
 
@@ -116,6 +117,24 @@ def test_slices_of_an_extent_are_its_bytes_in_order(data: st.DataObject) -> None
         extent_slices(extent, start, len(places) - start + 1, page_bytes)
 
 
+class AsLateAsCanBe(Executor):
+    """Does its work when somebody waits for it, and never if nobody does."""
+
+    def __init__(self, *, fails: bool = False) -> None:
+        self.fails = fails
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        executor = self
+
+        class Late(Future[Any]):
+            def result(self, timeout: float | None = None) -> Any:
+                if executor.fails:
+                    raise OSError("the helper failed")
+                return fn(*args, **kwargs)
+
+        return Late()
+
+
 class TestFailures:
     """A copy that can't be made is reported as failed, and leaves every byte as it was."""
 
@@ -181,6 +200,25 @@ class TestFailures:
             lifeline.gate.set()
             (ended,) = await_finished(copier, 1)
             assert ended.is_store
+
+    def test_a_load_is_over_only_when_its_slower_half_is(self) -> None:
+        kv = np.zeros(self.size, dtype=np.uint8)
+        pieces = (Piece((Run(start=0, count=2),), 0, (0, 1)), Piece((Run(start=2, count=2),), 0, (2, 3)))
+        with lifeline_of(pages=16, page_bytes=32) as lifeline, copier_of(kv, self.layout, lifeline) as copier:
+            copier._helper = AsLateAsCanBe()  # type: ignore[assignment]
+            copier.submit(Copy(1, INCARNATION, "r", pieces), self.shard, is_store=False)
+            (ended,) = await_finished(copier, 1)
+            assert not ended.is_failed
+            assert sorted(kv) == sorted(lifeline.bytes[: self.size])
+
+    def test_a_load_fails_with_either_half(self) -> None:
+        kv = np.zeros(self.size, dtype=np.uint8)
+        piece = Piece((Run(start=0, count=2),), 0, (0, 1))
+        with lifeline_of(pages=16, page_bytes=32) as lifeline, copier_of(kv, self.layout, lifeline) as copier:
+            copier._helper = AsLateAsCanBe(fails=True)  # type: ignore[assignment]
+            copier.submit(Copy(1, INCARNATION, "r", (piece, piece)), self.shard, is_store=False)
+            (ended,) = await_finished(copier, 1)
+            assert ended.is_failed
 
     def test_closing_waits_for_the_copy_under_way(self) -> None:
         kv = np.zeros(self.size, dtype=np.uint8)

@@ -1,12 +1,14 @@
 """The copier: moves engine blocks between a worker's KV cache and the arena, with the CPU.
 
 One numpy assignment moves all layers of an engine block and lets go of the interpreter's lock meanwhile, at
-the speed of memmove over the same segments. Loads and stores have a thread each, so that a request that
-waits for its KV never waits for another's to be stored.
+the speed of memmove over the same segments. Loads and stores have threads of their own, so that a request that
+waits for its KV never waits for another's to be stored. A load has two, since somebody waits for it and one
+thread gets half of what the memory gives; a store has one, since nobody does.
 """
 
 import logging
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import NamedTuple
@@ -16,7 +18,7 @@ import numpy.typing as npt
 
 from saltern.client.lifeline import Lifeline, Mapping
 from saltern.core.extents import Extent, extent_pages
-from saltern.vllm.copies import Copy
+from saltern.vllm.copies import Copy, Piece
 from saltern.vllm.layout import Layout
 
 logger = logging.getLogger(__name__)
@@ -51,6 +53,7 @@ class CpuCopier:
         self._layout = layout
         self._finished: SimpleQueue[Finished] = SimpleQueue()
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="saltern-load")
+        self._helper = ThreadPoolExecutor(1, thread_name_prefix="saltern-load-half")
         self._storer = ThreadPoolExecutor(1, thread_name_prefix="saltern-store")
         self._pages = [
             np.lib.stride_tricks.as_strided(
@@ -74,7 +77,7 @@ class CpuCopier:
 
     def close(self) -> None:
         """Wait for the copies under way and drop those not begun."""
-        for pool in (self._loader, self._storer):
+        for pool in (self._loader, self._helper, self._storer):  # a load waits for its helper
             pool.shutdown(cancel_futures=True)
 
     def _run(self, copy: Copy, shard: Shard, *, is_store: bool) -> None:
@@ -94,8 +97,17 @@ class CpuCopier:
 
     def _move(self, copy: Copy, shard: Shard, mapping: Mapping, *, is_store: bool) -> None:
         check_bounds(copy, shard, self._layout, mapping)
-        arena = np.frombuffer(mapping.buffer, dtype=np.uint8)
-        for piece in copy.pieces:
+        half = 0 if is_store else len(copy.pieces) // 2
+        helped = self._helper.submit(self._move_pieces, copy.pieces[:half], shard, mapping, is_store) if half else None
+        try:
+            self._move_pieces(copy.pieces[half:], shard, mapping, is_store)
+        finally:
+            if helped is not None:
+                helped.result()  # the arena stays mapped until both halves are done
+
+    def _move_pieces(self, pieces: Sequence[Piece], shard: Shard, mapping: Mapping, is_store: bool) -> None:
+        arena = np.frombuffer(mapping.buffer, dtype=np.uint8)  # a view of each thread's own, gone when it returns
+        for piece in pieces:
             for slot, engine_block in enumerate(piece.engine_blocks, start=piece.first_slot):
                 position = shard.offset + slot * shard.slot_bytes
                 for pages in self._pages:
