@@ -165,13 +165,12 @@ class Engine:
         block_bytes: int = 65_536,
         workers: tuple[bytes, ...] | None = None,
     ) -> None:
-        self.incarnation = os.urandom(NAME_BYTES)
         names = workers or tuple(os.urandom(NAME_BYTES) for _ in range(ranks))
         self.lifelines = [
             Lifeline(path, engine=engine, name=name, rank=rank, world_size=ranks)
             for rank, name in enumerate(() if workers else names)
         ]
-        self.hello = SchedulerHello(engine=engine, incarnation=self.incarnation, workers=names, block_bytes=block_bytes)
+        self._engine, self._workers, self._block_bytes = engine, names, block_bytes
         self._replies: list[Reply] = []
         self._held: list[ArenaUse] = []
         for lifeline in self.lifelines:
@@ -181,7 +180,8 @@ class Engine:
     def attach(self, path: str) -> None:
         """Connect the scheduler's end, and wait until all workers are there."""
         self.control = Control.connect(path)
-        welcome = self.ask(self.hello)
+        self.incarnation = os.urandom(NAME_BYTES)
+        welcome = self.ask(SchedulerHello(self._engine, self.incarnation, self._workers, self._block_bytes))
         assert isinstance(welcome, Welcome), welcome
         self.welcome = welcome
         attached = self.receive()

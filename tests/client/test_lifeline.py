@@ -79,13 +79,6 @@ def test_a_worker_attaches_to_its_schedulers_next_session() -> None:
         ended = engine.incarnation
         engine.control.close()
         until(lambda: not server.stats().sessions, "the session is gone")
-        engine.incarnation = os.urandom(NAME_BYTES)
-        engine.hello = type(engine.hello)(
-            engine=engine.hello.engine,
-            incarnation=engine.incarnation,
-            workers=engine.hello.workers,
-            block_bytes=engine.hello.block_bytes,
-        )
         engine.attach(server.path)
         assert engine.lifelines[0].hold(ended) is None
         engine.hold().release()

@@ -1,5 +1,6 @@
 """Tests of the copier for CPUs: any layout, any extent, byte by byte, and nothing else touched."""
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
@@ -219,6 +220,25 @@ class TestFailures:
             copier.submit(Copy(1, INCARNATION, "r", (piece, piece)), self.shard, is_store=False)
             (ended,) = await_finished(copier, 1)
             assert ended.is_failed
+
+    def test_copies_use_all_cores_though_the_engine_is_pinned_to_one(self) -> None:
+        kv = np.zeros(self.size, dtype=np.uint8)
+        copy = Copy(1, INCARNATION, "r", (Piece((Run(start=0, count=2),), 0, (0, 1)),))
+        cores, used, ending = os.sched_getaffinity(0), list[set[int]](), threading.Event()
+        other = threading.Thread(target=ending.wait)  # such as those of OpenMP
+        other.start()
+        os.sched_setaffinity(0, {min(cores)})
+        try:
+            with lifeline_of(pages=16, page_bytes=32) as lifeline, copier_of(kv, self.layout, lifeline) as copier:
+                lifeline.gated = lambda: bool(used.append(os.sched_getaffinity(0)))  # type: ignore[func-returns-value]
+                for is_store in (True, False):
+                    copier.submit(copy, self.shard, is_store=is_store)
+                await_finished(copier, 2)
+        finally:
+            os.sched_setaffinity(0, cores)
+            ending.set()
+            other.join()
+        assert used == [cores, cores]
 
     def test_closing_waits_for_the_copy_under_way(self) -> None:
         kv = np.zeros(self.size, dtype=np.uint8)

@@ -69,7 +69,7 @@ FACTS = {"layout": "LBHNC", "specs": ["FullAttentionSpec(block_size=16)"], "isa"
 
 def namespace(config: Any, **changes: Any) -> bytes:
     """Return the digest of a configuration, of one rank that tells `FACTS` unless told otherwise."""
-    return namespace_digest(config, **{"vllm_version": "0.32.0", "worker_facts": [FACTS], "epoch": b""} | changes)
+    return namespace_digest(config, **{"vllm_version": "0.32.0", "worker_facts": [FACTS]} | changes)
 
 
 @pytest.fixture
@@ -123,7 +123,6 @@ def test_a_changed_fact_is_another_namespace(model: Path, path: str, value: Any)
     "changes",
     [
         {"vllm_version": "0.32.1"},
-        {"epoch": b"\1"},
         {"worker_facts": [FACTS, FACTS]},
         {"worker_facts": []},
         *({"worker_facts": [FACTS | {name: "other"}]} for name in FACTS),

@@ -442,9 +442,45 @@ class TestStoring:
         engine.step()
         engine.step()
         engine.step()
-        assert [ask.start for ask in engine.sent_of(Reserve)] == [0, 1, 1][: len(engine.sent_of(Reserve))]
+        assert [ask.start for ask in engine.sent_of(Reserve)] == [0]
         engine.settle()
         assert engine.ready_blocks("alice") == 1
+
+    def test_what_was_refused_is_offered_again_with_the_next_block_and_not_at_every_step(
+        self, make_engine: EngineMaker
+    ) -> None:
+        engine = make_engine(limits=Limits(user_limit_bytes=2), store=StoreMode.ALL)  # a page, which is a block
+        engine.arrive(PROMPT, "alice", outputs=8)
+        engine.settle()
+        asked = [(ask.start, len(ask.keys)) for ask in engine.sent_of(Reserve)]
+        assert asked == [(0, 2), (1, 3)] + [(1, 4)] * (len(asked) - 2)
+        assert len(asked) <= 3
+
+    def test_what_a_rank_failed_to_store_is_offered_again_with_the_next_block(self, make_engine: EngineMaker) -> None:
+        engine = make_engine(store=StoreMode.ALL)
+        engine.arrive(PROMPT, "alice", outputs=6)
+        engine.step()
+        engine.step()
+        engine.work(fail=True)
+        engine.report()
+        engine.settle()
+        assert [(ask.start, len(ask.keys)) for ask in engine.sent_of(Reserve)] == [(0, 2), (0, 3)]
+        assert engine.ready_blocks("alice") == 3
+
+    def test_what_was_given_up_as_overdue_is_offered_again(self, engine: Engine) -> None:
+        computing(engine, PROMPT, outputs=4 * int(PATIENCE_SECONDS / STEP_SECONDS))
+        engine.server.is_frozen = True
+        for _ in range(int(PATIENCE_SECONDS / STEP_SECONDS) + 2):
+            engine.step()
+        engine.server.thaw()
+        engine.settle()
+        assert engine.ready_blocks("alice") == 2
+
+    def test_a_pool_too_small_to_hold_a_block_is_told_at_start(
+        self, make_engine: EngineMaker, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        make_engine(blocks=4)
+        assert "nothing will be stored" in caplog.text
 
     def test_a_parent_that_is_gone_is_offered_again(self, engine: Engine) -> None:
         computing(engine, PROMPT, outputs=5)

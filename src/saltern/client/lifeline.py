@@ -138,6 +138,7 @@ class Lifeline:
         self._changed = threading.Condition()
         self._arena: Arena | None = None
         self._incarnation: bytes | None = None  # while uses are handed out
+        self._ended_incarnation: bytes | None = None  # the last one, which doesn't come back
 
     def start(self) -> None:
         """Begin to connect, in the background."""
@@ -150,6 +151,8 @@ class Lifeline:
         Waits up to `timeout` seconds: a scheduler may learn of the session's opening an instant earlier.
         """
         with self._changed:
+            if incarnation == self._ended_incarnation:
+                return None
             self._changed.wait_for(lambda: self._incarnation == incarnation or self._closing.is_set(), timeout)
             if self._incarnation != incarnation:
                 return None
@@ -286,7 +289,7 @@ class Lifeline:
 
     def _unmap(self, arena: Arena) -> None:
         with self._changed:
-            self._incarnation = None
+            self._ended_incarnation, self._incarnation = self._incarnation, None
             self._changed.wait_for(lambda: not arena.uses)
         if self.on_unmap is not None:
             self.on_unmap(arena)

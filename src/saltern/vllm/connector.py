@@ -26,6 +26,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from saltern.client.lifeline import Lifeline
+from saltern.core.keys import digest
 from saltern.vllm.adapters import Adapters
 from saltern.vllm.copier import Shard
 from saltern.vllm.copies import Copies, Reports
@@ -129,6 +130,7 @@ class SalternConnector(KVConnectorBase_V1):
         self._blocks: PooledBlocks | None = None
         self._adapters = Adapters()
         self._handshakes: list[SalternHandshake] = []
+        self._facts_digest = b""
         self._shards: tuple[Shard, ...] = ()
         # The worker's side
         self._worker: Worker | None = None
@@ -165,6 +167,9 @@ class SalternConnector(KVConnectorBase_V1):
             block_bytes=offset,
             clock=time.monotonic,
         )
+        self._facts_digest = namespace_digest(
+            self._config, vllm_version=vllm.__version__, worker_facts=[worker.facts for worker in self._handshakes]
+        )
         assert self._blocks is not None, "vLLM binds its block pool before the handshake"
         self._planner = Planner(
             session=self._session,
@@ -180,12 +185,8 @@ class SalternConnector(KVConnectorBase_V1):
         self._session.await_open(ATTACH_SECONDS_MAX)
 
     def _namespace(self, *, epoch: bytes) -> bytes:
-        return namespace_digest(
-            self._config,
-            vllm_version=vllm.__version__,
-            worker_facts=[worker.facts for worker in self._handshakes],
-            epoch=epoch,
-        )
+        """Name the namespace: `epoch` is empty until the weights change in place, to what has no name; then random."""
+        return digest(b"saltern.epoch", [self._facts_digest, epoch])
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:
@@ -260,8 +261,11 @@ class SalternConnector(KVConnectorBase_V1):
 
     def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:
         """Take in what the workers have finished."""
+        if self._planner is None:
+            return
+        self._planner.spoil(connector_output.invalid_block_ids)
         reports = connector_output.kv_connector_worker_meta
-        if self._planner is not None and isinstance(reports, SalternReports):
+        if isinstance(reports, SalternReports):
             self._planner.report(reports.reports)
 
     def request_finished(self, request: "Request", block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:

@@ -7,9 +7,11 @@ thread gets half of what the memory gives; a store has one, since nobody does.
 """
 
 import logging
+import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from queue import SimpleQueue
 from typing import NamedTuple
 
@@ -52,9 +54,9 @@ class CpuCopier:
         self._lifeline = lifeline
         self._layout = layout
         self._finished: SimpleQueue[Finished] = SimpleQueue()
-        self._loader = ThreadPoolExecutor(1, thread_name_prefix="saltern-load")
-        self._helper = ThreadPoolExecutor(1, thread_name_prefix="saltern-load-half")
-        self._storer = ThreadPoolExecutor(1, thread_name_prefix="saltern-store")
+        self._loader = ThreadPoolExecutor(1, "saltern-load", initializer=_use_all_cores)
+        self._helper = ThreadPoolExecutor(1, "saltern-load-half", initializer=_use_all_cores)
+        self._storer = ThreadPoolExecutor(1, "saltern-store", initializer=_use_all_cores)
         self._pages = [
             np.lib.stride_tricks.as_strided(
                 kv[tensor.offset :],
@@ -165,3 +167,17 @@ def extent_slices(extent: Extent, position: int, size: int, page_bytes: int) -> 
                 return slices
         position = max(position - run_bytes, 0)
     raise ValueError("a copy reaches past the end of its extent")
+
+
+def _use_all_cores() -> None:
+    """Let this thread run on every core that the process has.
+
+    vLLM pins the thread that starts us to one core, which we would otherwise inherit: all copies would share it, with
+    each other and with that thread.
+    """
+    cores: set[int] = set()
+    for thread in os.listdir("/proc/self/task"):
+        with suppress(OSError):  # it has ended meanwhile
+            cores |= os.sched_getaffinity(int(thread))
+    with suppress(OSError):  # not allowed here: then it is the one core
+        os.sched_setaffinity(0, cores)

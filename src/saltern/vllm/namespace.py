@@ -22,13 +22,8 @@ SAMPLES = 64
 SAMPLE_BYTES = 4096
 
 
-def namespace_digest(
-    vllm_config: Any, *, vllm_version: str, worker_facts: list[Mapping[str, Any]], epoch: bytes
-) -> bytes:
-    """Return the digest of an engine's facts. `worker_facts` come from each rank, in rank order.
-
-    `epoch` is empty until the weights change in place, then random: what they change to has no name.
-    """
+def namespace_digest(vllm_config: Any, *, vllm_version: str, worker_facts: list[Mapping[str, Any]]) -> bytes:
+    """Return the digest of an engine's facts. `worker_facts` come from each rank, in rank order."""
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
     speculative = vllm_config.speculative_config
     facts = {
@@ -56,7 +51,6 @@ def namespace_digest(
         "speculative": None if speculative is None else repr(getattr(speculative, "method", speculative)),
         "vllm": vllm_version,
         "workers": worker_facts,
-        "epoch": epoch.hex(),
     }
     return digest(b"saltern.nspace", [json.dumps(facts, sort_keys=True, default=repr).encode()])
 

@@ -22,7 +22,7 @@ Nothing here raises for what a request carries or the server does.
 import logging
 import sys
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import count
@@ -50,6 +50,7 @@ from saltern.core.messages import (
     LeaseId,
     LookedUp,
     Lookup,
+    Refusal,
     Release,
     Reply,
     Request,
@@ -154,6 +155,7 @@ class Track:
         self.acquired: Acquired | None = None
         self.acquired_at = float("inf")  # until the server has named a time: then it counts the Reserve's own
         self.offered = 0  # blocks [0, offered) are in the cache or were offered to it
+        self.settled = 0  # blocks [offered, settled) were turned down: they are offered again with the next block only
 
 
 @dataclass
@@ -178,7 +180,9 @@ class Operation:
     keys: tuple[Key, ...]
     is_store: bool
     held: tuple[int, ...] = ()
+    first_block: int = 0
     is_with_workers: bool = False
+    is_spoiled: bool = False  # whatever its ranks report
     reports: Reports = field(default_factory=Reports)
 
 
@@ -228,6 +232,14 @@ class Planner:
         self._numbers = count(1)
         self._held = 0  # engine blocks held, each as often as it is held
         self._asking_seconds = ASKING_SECONDS_MAX  # left in this schedule()
+        if HELD_SHARE_MAX * blocks.total < geometry.slots:
+            logger.warning(
+                "nothing will be stored: a block of %d tokens is more than the share of vLLM's %d blocks of %d tokens"
+                " that may be held for stores; set saltern.block_tokens lower",
+                geometry.block_tokens,
+                blocks.total,
+                geometry.engine_block_tokens,
+            )
 
     # What vLLM asks, in the order of a request's life
 
@@ -240,7 +252,6 @@ class Planner:
             track = Track(request, salt, extras)
             self._poll()
             if self._prepare(track, request.num_tokens) and self._responds():
-                self._track_by_id[request.request_id] = track
                 self._ask(track, Lookup(next(self._numbers), track.user, tuple(track.keys)))
             self._track_by_id[request.request_id] = track
         except (OverflowError, TypeError, ValueError) as error:  # token ids that are none
@@ -309,6 +320,15 @@ class Planner:
             self._operation_by_id[copy.op_id].is_with_workers = True
         return copies
 
+    def spoil(self, block_ids: Set[int]) -> None:
+        """Take in which engine blocks could not be loaded, whoever says so: vLLM asks anew for their requests.
+
+        Comes before the report that ends their loads.
+        """
+        for operation in self._operation_by_id.values() if block_ids else ():
+            if not operation.is_store and any(block_ids & set(piece.engine_blocks) for piece in operation.copy.pieces):
+                operation.is_spoiled = True
+
     def report(self, reports: Reports) -> None:
         """Take in what ranks have finished or failed; ends the operations that every rank has reported."""
         for op_id in {*reports.done, *reports.failed}:
@@ -319,7 +339,7 @@ class Planner:
             done, failed = reports.done.get(op_id, 0), reports.failed.get(op_id, 0)
             operation.reports.add(Reports({op_id: done}, {op_id: failed}))
             if sum(operation.reports.done.values()) + sum(operation.reports.failed.values()) >= self._ranks:
-                self._finish(operation, is_failed=bool(operation.reports.failed[op_id]))
+                self._finish(operation, is_failed=operation.is_spoiled or bool(operation.reports.failed[op_id]))
 
     def remove(self, request_id: str) -> None:
         """Forget a request that is finished or aborted; its copies under way go on."""
@@ -376,7 +396,7 @@ class Planner:
             track.user = user_id(track.user_key)
             track.content = self._root
             track.keys.clear()
-            track.offered = 0
+            track.offered = track.settled = 0
             track.acquired_at = float("inf")
         for start in range(len(track.keys) * size, tokens - size + 1, size):
             track.content = next_content(track.content, track.tokens[start : start + size].tobytes(), track.extras)
@@ -407,7 +427,7 @@ class Planner:
 
     def _wait_for(self, track: Track) -> None:
         """Wait for the answer, as long as this schedule() may still wait."""
-        while track.phase is Phase.ASKED and self._asking_seconds > 0:
+        while track.phase is Phase.ASKED and self._asking_seconds > 0 and self._responds():
             began = self._clock()
             self._poll(self._asking_seconds)
             self._asking_seconds -= max(self._clock() - began, 1e-6)
@@ -466,10 +486,11 @@ class Planner:
             if reply.lease:
                 self._session.send(Abort(reply.lease))
             return
-        track, slots = question.track, self._geometry.slots
+        track, slots, first = question.track, self._geometry.slots, question.first_block
         if reply.refusal is not None:
             track.offered = min(track.offered, reply.upto)
-        first = question.first_block
+            if reply.refusal is not Refusal.NO_PARENT:  # which the next offer puts right
+                track.settled = max(track.settled, first + len(question.held) // slots)
         granted = [
             (grant, question.held[(grant.index - first) * slots : (grant.index - first + 1) * slots])
             for grant in reply.grants
@@ -487,7 +508,9 @@ class Planner:
         keys = tuple(track.keys[grant.index] for grant, _ in granted)
         copy = Copy(next(self._numbers), track.incarnation, track.request.request_id, pieces)
         self._copies.stores.append(copy)
-        self._operation_by_id[copy.op_id] = Operation(copy, track, lease, keys, is_store=True, held=held)
+        self._operation_by_id[copy.op_id] = Operation(
+            copy, track, lease, keys, is_store=True, held=held, first_block=granted[0][0].index
+        )
 
     def _release_answer(self, track: Track) -> None:
         acquired, track.acquired = track.acquired, None
@@ -509,6 +532,7 @@ class Planner:
                 self._free(question.held)
                 question.held = ()
                 question.is_dropped = True
+                question.track.offered = min(question.track.offered, question.first_block)
 
     def _lose_session(self) -> None:
         """Give up what only the lost session could have answered; copies under way are still reported."""
@@ -557,7 +581,7 @@ class Planner:
         first = track.offered  # 0 in a new session
         room = int(HELD_SHARE_MAX * self._blocks.total) - self._held
         full = min(min(computed, known) // size, len(track.keys), first + room // slots)  # the rest with a later step
-        if full <= first or not self._responds():
+        if full <= max(first, track.settled) or not self._responds():
             return
         block_ids = block_ids_of(request.request_id)
         if block_ids is None:
@@ -577,11 +601,14 @@ class Planner:
             self._free(operation.held)
         if is_failed and not operation.is_store:
             operation.track.load_failed = True
-            operation.track.offered = 0  # the cache loses what the request will now compute itself
+            operation.track.offered = operation.track.settled = 0  # the request computes itself what the cache loses
         if operation.copy.incarnation != self._session.incarnation:
             return  # the lease went with its session
         if operation.is_store:
             self._session.send(Abort(operation.lease) if is_failed else Commit(operation.lease))
+            if is_failed:
+                operation.track.settled = max(operation.track.settled, operation.track.offered)
+                operation.track.offered = min(operation.track.offered, operation.first_block)
             return
         if is_failed:
             self._session.send(Discard(operation.track.user, operation.keys[0]))
