@@ -16,6 +16,7 @@ import msgspec
 from demo.engine import Engine, EngineError
 from demo.interrupts import Interrupted, deferred, interruptible
 from demo.model import MODEL_NAME, ensure_model
+from demo.orphans import adopt, bury
 from demo.screen import Screen
 from demo.server import Server, ServerError, connector_config
 from demo.steps import STEPS, Scene, Step, not_reached, take_step
@@ -70,6 +71,7 @@ class Demo:
     def clean_up(self) -> None:
         """End every process and remove every file of this run; the engine first, which uses the server."""
         with ExitStack() as stack:
+            stack.callback(bury)
             if self._scratch is not None:
                 stack.callback(self._scratch.cleanup)
             if self._server is not None:
@@ -129,6 +131,7 @@ def main() -> int:
 
 
 def _run(json_path: Path | None) -> int:
+    adopt()
     demo, screen = Demo(), Screen()
     report = interruptible(partial(demo.run, screen), clean_up=demo.clean_up)
     if json_path is not None:

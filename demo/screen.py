@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import threading
 import time
@@ -70,6 +71,7 @@ def _duration(milliseconds: float) -> str:
 
 def _tick(text: str, is_over: threading.Event) -> None:
     began = time.monotonic()
+    text = text[: shutil.get_terminal_size().columns - 14]  # a line that wraps could not be cleared
     with suppress(OSError):  # a terminal that was closed: the signal that says so ends the demo
         for frame in cycle(_FRAMES):
             if is_over.is_set():

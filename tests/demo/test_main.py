@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -15,6 +14,8 @@ from pathlib import Path
 
 import msgspec
 import pytest
+
+from demo.orphans import adopt
 
 pytestmark = pytest.mark.e2e
 
@@ -75,7 +76,7 @@ class Demo:
 
     @property
     def processes(self) -> set[int]:
-        """Its living processes, itself included; those whose parent has died are known as ours."""
+        """Its processes, itself included; those whose parent has died are ours."""
         return _descendants(os.getpid()) - self._processes_before
 
     @property
@@ -83,7 +84,7 @@ class Demo:
         """What a demo that has ended has left behind: processes, files, and shared memory that nobody uses."""
         shared = _shared_memory() - self._shared_before
         orphaned = [name for name in shared if not _is_mapped(name)]  # others may work on this machine as well
-        return [*(_command(pid) for pid in self.processes), *map(str, self._temporary.iterdir()), *orphaned]
+        return [*(f"{pid} {_command(pid)}" for pid in self.processes), *map(str, self._temporary.iterdir()), *orphaned]
 
     def wait_for(self, what: str, condition: Callable[[], bool]) -> None:
         """Wait until a condition holds."""
@@ -113,7 +114,7 @@ class Demo:
 def start() -> Iterator[Callable[..., Demo]]:
     """Return what starts demos; those that a failed test has left are ended."""
     started: list[Demo] = []
-    _adopt_orphans(True)
+    adopt()
     with tempfile.TemporaryDirectory(prefix="saltern-e2e-") as folder:  # short: a socket's path holds 107 bytes
 
         def start_one(*arguments: str) -> Demo:
@@ -123,7 +124,7 @@ def start() -> Iterator[Callable[..., Demo]]:
         yield start_one
         for demo in started:
             demo.kill()
-    _adopt_orphans(False)
+    adopt(wanted=False)
 
 
 def test_all_steps_pass(start: Callable[..., Demo], tmp_path: Path) -> None:
@@ -159,21 +160,14 @@ def test_an_interrupted_demo_leaves_nothing_behind(start: Callable[..., Demo], s
     assert demo.leftovers == []
 
 
-def _adopt_orphans(adopt: bool) -> None:
-    """Become the parent of descendants whose own parent dies, or no longer."""
-    pr_set_child_subreaper = 36  # prctl(2)
-    assert ctypes.CDLL(None).prctl(pr_set_child_subreaper, int(adopt), 0, 0, 0) == 0, "prctl failed"
-
-
 def _descendants(root: int) -> set[int]:
-    """Return the ids of the living processes below one; zombies have ended."""
+    """Return the ids of the processes below one, those that have ended and are not buried included."""
     parent_by_id = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(FileNotFoundError, ProcessLookupError):
             # pid (name) state parent …; the name may hold spaces and parentheses, hence the last ")".
-            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
-            if state not in "ZX":
-                parent_by_id[int(stat.parent.name)] = int(parent)
+            _state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+            parent_by_id[int(stat.parent.name)] = int(parent)
     found: set[int] = set()
     while below := {pid for pid, parent in parent_by_id.items() if parent == root or parent in found} - found:
         found |= below
