@@ -73,6 +73,9 @@ $(ENGINE): $(LIGHT)
 	@$(RUN) -m pip --disable-pip-version-check uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
+# An interrupted make would else delete this one file of a folder that is only ever whole.
+.PRECIOUS: $(MODEL)
+
 $(MODEL): demo/model.py | $(ENGINE)
 	@echo 'Converting the model (half a minute, once)'
 	@$(RUN) -m demo.model
