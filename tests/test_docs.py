@@ -143,7 +143,7 @@ def test_pages_speak_of_the_project_only(page: Path) -> None:
     assert not re.findall(r"(?i)\b(?:issue|session|ticket|task)s? #?\d+|#\d+", text), "a number from a tracker"
     for host in re.findall(r"https?://([^/\s'\"]+)", text):
         assert host == "localhost:8000", f"a link to {host}"
-    roots = {"dev", "etc", "opt", "proc", "reset_prefix_cache", "run", "sys", "tmp", "tokens", "v1"}
+    roots = {"dev", "etc", "opt", "proc", "metrics", "reset_prefix_cache", "run", "sys", "tmp", "tokens", "v1"}
     for path in re.findall(r"(?<![\w.$}/-])/([A-Za-z][\w.-]*)(?:/[\w.-]+)*", prose(text).replace("](/", "](")):
         assert path in roots, f"a path of some machine: /{path}"
     assert set(re.findall(r"/tmp/([\w-]+)", text)) <= {"saltern-UID", "saltern-0"}
