@@ -65,6 +65,14 @@ class TestHits:
         assert match(engine, request) == 0
         assert engine.clock() == before
 
+    def test_a_request_that_queued_finds_what_was_stored_meanwhile(self, engine: Engine) -> None:
+        queued = engine.arrive(PROMPT, "alice")
+        engine.waiting.remove(queued)  # as for a request that vLLM has no place for
+        stored(engine, PROMPT)
+        engine.clock.advance(PATIENCE_SECONDS)
+        assert match(engine, queued) == 8
+        engine.waiting.append(queued)
+
     def test_a_first_ask_waits_for_an_answer_that_is_near(self, engine: Engine) -> None:
         stored(engine, PROMPT)
         assert match(engine, engine.arrive(PROMPT, "alice")) == 8

@@ -152,6 +152,7 @@ class Track:
         self.asks = 0
         self.awaited = 0  # number of the last Acquire: an answer to an earlier one only tells the time
         self.looked_up: int | None = None  # blocks that the early lookup saw
+        self.looked_up_at = 0.0
         self.acquired: Acquired | None = None
         self.acquired_at = float("inf")  # until the server has named a time: then it counts the Reserve's own
         self.offered = 0  # blocks [0, offered) are in the cache or were offered to it
@@ -420,10 +421,12 @@ class Planner:
         if not self._ask(track, Acquire(track.awaited, track.user, keys, min(track.start, len(keys)))):
             return
         # The lookup sent at arrival has often been answered by now. If there is nothing to load, the Acquire
-        # only marks the prefix as used, and nobody waits for it.
-        if track.looked_up is None or track.looked_up * self._geometry.block_tokens > local_tokens:
+        # only marks the prefix as used, and nobody waits for it. A request that has queued for long asks anew:
+        # the one before it may have stored what it needs.
+        looked_up, track.looked_up = track.looked_up, None  # once: after a preemption the cache may hold more
+        is_fresh = track.asked_at - track.looked_up_at < self._patience_seconds
+        if looked_up is None or not is_fresh or looked_up * self._geometry.block_tokens > local_tokens:
             track.phase = Phase.ASKED
-        track.looked_up = None  # after a preemption the cache may hold more
 
     def _wait_for(self, track: Track) -> None:
         """Wait for the answer, as long as this schedule() may still wait."""
@@ -460,6 +463,7 @@ class Planner:
                 question = self._question_by_number.pop(number, None)
                 if question is not None and not question.is_dropped:
                     question.track.looked_up = ready
+                    question.track.looked_up_at = question.sent_at
             case Acquired():
                 question = self._question_by_number.pop(reply.request, None)
                 self._take_acquired(question, reply)
