@@ -68,8 +68,11 @@ class TestHits:
     def test_a_request_that_queued_finds_what_was_stored_meanwhile(self, engine: Engine) -> None:
         queued = engine.arrive(PROMPT, "alice")
         engine.waiting.remove(queued)  # as for a request that vLLM has no place for
-        stored(engine, PROMPT)
-        engine.clock.advance(PATIENCE_SECONDS)
+        engine.arrive(PROMPT, "alice", outputs=2 * int(PATIENCE_SECONDS / STEP_SECONDS))
+        for _ in range(2 * int(PATIENCE_SECONDS / STEP_SECONDS)):
+            engine.step()
+            engine.work()
+            engine.report()
         assert match(engine, queued) == 8
         engine.waiting.append(queued)
 
