@@ -30,7 +30,6 @@ from saltern.core.keys import (
     Key,
     UserId,
     block_key,
-    namespace_content,
     next_content,
     unsigned_user_key,
     user_id,
@@ -49,10 +48,9 @@ from saltern.core.messages import (
 )
 from saltern.core.tenants import NO_LIMITS, Limits
 from saltern.vllm import connector as connector_module
-from saltern.vllm.copier import CpuCopier, Finished, Shard
+from saltern.vllm.copier import CpuCopier, Finished, Shard, check_bounds
 from saltern.vllm.copies import Copy, Piece
 from saltern.vllm.layout import Layout
-from saltern.vllm.namespace import namespace_digest
 from saltern.vllm.planner import Planner
 from saltern.vllm.session import Session
 from tests.vllm.server import Clock, Line, Server
@@ -125,7 +123,7 @@ class World:
         self.copiers: list[SteppedCopier] = []
         self.namings: list[Naming] = []
         self.block_tokens = 0
-        self.root = Content(b"")
+        self.planner: Planner | None = None
         self._kept: set[tuple[UserId, Key]] = set()  # named by engines before
         self.server = HarnessServer(self, self.clock, pages=pages, page_bytes=page_bytes, ranks=0, limits=limits)
         self._events = sorted(weather.events)
@@ -139,19 +137,14 @@ class World:
             Lifeline=functools.partial(SteppedLifeline, self),
             make_copier=functools.partial(_make_copier, self),
             Planner=self._make_planner,
-            namespace_digest=self._digest,
             time=SimpleNamespace(monotonic=self.clock),
         ):
             yield
 
     def _make_planner(self, **parts: Any) -> Planner:
         self.block_tokens = parts["geometry"].block_tokens
-        return Planner(**parts)
-
-    def _digest(self, *args: Any, **kwargs: Any) -> bytes:
-        namespace = namespace_digest(*args, **kwargs)
-        self.root = namespace_content(namespace)
-        return namespace
+        self.planner = Planner(**parts)
+        return self.planner
 
     def tick(self) -> None:
         """Let a step's time pass."""
@@ -268,19 +261,11 @@ class HarnessServer(Server):
         self._world = world
         super().__init__(clock, **shape)
 
-    def serve(self, line: Line) -> None:
-        """Take in what a line has sent, and take note of who names which blocks."""
-        if not self.is_frozen and line.connection in self._lines:
-            for message in line.backlog:
-                self._note(message)
-        super().serve(line)
-
-    def _note(self, message: Request) -> None:
-        match message:
-            case Lookup(_, user, keys) | Acquire(_, user, keys) | Reserve(_, user, keys):
-                self._world.namings.append(Naming(user, keys, self._world.root, self.secret))
-            case _:
-                pass
+    def connect(self, path: str) -> Any:
+        """Take a scheduler's connection."""
+        super().connect(path)
+        line = self._lines[self._connections] = NotedLine(self, self._connections, self._world)
+        return line
 
     def connect_lifeline(self, lifeline: "SteppedLifeline", hello: WorkerHello) -> ConnectionId:
         """Take a worker's connection."""
@@ -332,6 +317,24 @@ class HarnessServer(Server):
         pages = sum(extent_pages(block.extent) for block in blocks)
         if not pages == cache.pool.pages - cache.pool.free_pages == cache.tenant.used_pages:
             yield f"{cache.pool.pages - cache.pool.free_pages} pages are taken by blocks of {pages}"
+
+
+class NotedLine(Line):
+    """A line on which it is noted who names which blocks, with the keys' basis at that moment."""
+
+    def __init__(self, server: HarnessServer, connection: ConnectionId, world: World) -> None:
+        super().__init__(server, connection)
+        self._world = world
+
+    def send(self, message: Request) -> None:
+        """Take note, and send."""
+        match message:
+            case Lookup(_, user, keys) | Acquire(_, user, keys) | Reserve(_, user, keys):
+                assert self._world.planner is not None, "blocks were named before there was a planner"
+                self._world.namings.append(Naming(user, keys, self._world.planner._root, self._server.secret))
+            case _:
+                pass
+        super().send(message)
 
 
 def _free_and_overwrite(pool: PagePool, arena: Bytes, extent: Extent) -> None:
@@ -539,13 +542,13 @@ class SteppedCopier(CpuCopier):
         return is_failed
 
     def _move_part(self, pending: Pending, mapping: SteppedMapping, part: slice) -> None:
+        check_bounds(pending.copy, pending.shard, self._layout, mapping)  # type: ignore[arg-type]
         slots = [
             Piece(piece.extent, piece.first_slot + index, (engine_block,))
             for piece in pending.copy.pieces
             for index, engine_block in enumerate(piece.engine_blocks)
         ]
-        copy = Copy(pending.copy.op_id, pending.copy.incarnation, pending.copy.request_id, tuple(slots[part]))
-        self._move(copy, pending.shard, mapping, is_store=pending.is_store)  # type: ignore[arg-type]
+        self._move_pieces(slots[part], pending.shard, mapping, pending.is_store)  # type: ignore[arg-type]
 
 
 def _make_copier(world: World, kv_cache: torch.Tensor, layout: Layout, lifeline: SteppedLifeline) -> SteppedCopier:

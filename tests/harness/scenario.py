@@ -8,6 +8,7 @@ import msgspec
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 
 from .engine import Counts, Engine, LoadFault, user_tag
+from .findings import Stuck
 from .model import Sequence
 from .options import VOCABULARY, Options
 
@@ -115,6 +116,8 @@ def play_arrivals(plan: Scenario, engine: Engine, steps_max: int | None = None) 
             engine.move()
         else:
             engine.pass_time()
+            if step > plan.options.steps_max:
+                raise Stuck(f"nothing moves, and the weights can't be changed in {step} steps")
 
 
 def _options(random: Random) -> Options:
