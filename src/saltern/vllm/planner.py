@@ -359,7 +359,7 @@ class Planner:
     def has_unfinished_work(self) -> bool:
         """Return whether steps are needed, even empty ones, to end what is held or asked."""
         return bool(self._operation_by_id) or any(
-            question.plans == 0 or self._clock() - question.sent_at < self._patience_seconds
+            question.held or question.plans == 0 or self._clock() - question.sent_at < self._patience_seconds
             for question in self._question_by_number.values()
         )
 
