@@ -119,19 +119,19 @@ def test_slices_of_an_extent_are_its_bytes_in_order(data: st.DataObject) -> None
 
 
 class AsLateAsCanBe(Executor):
-    """Does its work when somebody waits for it, and never if nobody does."""
+    """Takes one piece at once, and moves it when somebody waits for that: never if nobody does."""
 
     def __init__(self, *, fails: bool = False) -> None:
         self.fails = fails
 
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        executor = self
+    def submit(self, fn: Callable[..., Any], /, pieces: Iterator[Piece], *args: Any) -> Future[Any]:  # type: ignore[override]
+        executor, taken = self, [next(pieces)]
 
         class Late(Future[Any]):
             def result(self, timeout: float | None = None) -> Any:
                 if executor.fails:
                     raise OSError("the helper failed")
-                return fn(*args, **kwargs)
+                return fn(iter(taken), *args)
 
         return Late()
 
@@ -202,7 +202,7 @@ class TestFailures:
             (ended,) = await_finished(copier, 1)
             assert ended.is_store
 
-    def test_a_load_is_over_only_when_its_slower_half_is(self) -> None:
+    def test_a_load_is_over_only_when_its_slower_thread_is(self) -> None:
         kv = np.zeros(self.size, dtype=np.uint8)
         pieces = (Piece((Run(start=0, count=2),), 0, (0, 1)), Piece((Run(start=2, count=2),), 0, (2, 3)))
         with lifeline_of(pages=16, page_bytes=32) as lifeline, copier_of(kv, self.layout, lifeline) as copier:
@@ -212,7 +212,7 @@ class TestFailures:
             assert not ended.is_failed
             assert sorted(kv) == sorted(lifeline.bytes[: self.size])
 
-    def test_a_load_fails_with_either_half(self) -> None:
+    def test_a_load_fails_with_either_thread(self) -> None:
         kv = np.zeros(self.size, dtype=np.uint8)
         piece = Piece((Run(start=0, count=2),), 0, (0, 1))
         with lifeline_of(pages=16, page_bytes=32) as lifeline, copier_of(kv, self.layout, lifeline) as copier:

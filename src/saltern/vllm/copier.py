@@ -9,7 +9,7 @@ thread gets half of what the memory gives; a store has one, since nobody does.
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from queue import SimpleQueue
@@ -55,7 +55,7 @@ class CpuCopier:
         self._layout = layout
         self._finished: SimpleQueue[Finished] = SimpleQueue()
         self._loader = ThreadPoolExecutor(1, "saltern-load", initializer=_use_all_cores)
-        self._helper = ThreadPoolExecutor(1, "saltern-load-half", initializer=_use_all_cores)
+        self._helper = ThreadPoolExecutor(1, "saltern-load-help", initializer=_use_all_cores)
         self._storer = ThreadPoolExecutor(1, "saltern-store", initializer=_use_all_cores)
         self._pages = [
             np.lib.stride_tricks.as_strided(
@@ -99,15 +99,17 @@ class CpuCopier:
 
     def _move(self, copy: Copy, shard: Shard, mapping: Mapping, *, is_store: bool) -> None:
         check_bounds(copy, shard, self._layout, mapping)
-        half = 0 if is_store else len(copy.pieces) // 2
-        helped = self._helper.submit(self._move_pieces, copy.pieces[:half], shard, mapping, is_store) if half else None
+        pieces = iter(copy.pieces)
+        is_shared = not is_store and len(copy.pieces) > 1
+        # Both threads take the next piece when they are done with one: they seldom get equal shares of the cores.
+        helped = self._helper.submit(self._move_pieces, pieces, shard, mapping, is_store) if is_shared else None
         try:
-            self._move_pieces(copy.pieces[half:], shard, mapping, is_store)
+            self._move_pieces(pieces, shard, mapping, is_store)
         finally:
             if helped is not None:
-                helped.result()  # the arena stays mapped until both halves are done
+                helped.result()  # the arena stays mapped until both are done
 
-    def _move_pieces(self, pieces: Sequence[Piece], shard: Shard, mapping: Mapping, is_store: bool) -> None:
+    def _move_pieces(self, pieces: Iterator[Piece], shard: Shard, mapping: Mapping, is_store: bool) -> None:
         arena = np.frombuffer(mapping.buffer, dtype=np.uint8)  # a view of each thread's own, gone when it returns
         for piece in pieces:
             for slot, engine_block in enumerate(piece.engine_blocks, start=piece.first_slot):
