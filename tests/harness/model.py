@@ -25,7 +25,7 @@ class Sequence:
         self._tokens = list(prompt)
         self._hashes: list[int] = []
         self._hash = 0
-        for byte in tag.encode():
+        for byte in tag.encode("utf-8", "surrogatepass"):
             self._hash = mix(self._hash ^ byte)
 
     def tokens(self, count: int) -> list[int]:

@@ -136,12 +136,12 @@ def _serve_again(what: Life, engine: Engine, world: World) -> None:
     tally = world.server.cache.tenant.tally
     before = tally.stored + tally.stored_after_evicting_own
     for attempt in range(RETURNS_MAX):
+        for _ in range(RETRY_STEPS_MAX):
+            engine.pass_time()
         prompt = [attempt] * (what.slots * engine.options.block_tokens)
         engine.ask(f"last-{attempt}", prompt, "carol")
         if tally.stored + tally.stored_after_evicting_own > before or not what.stores(engine.options):
             return
-        for _ in range(RETRY_STEPS_MAX):
-            engine.pass_time()
     raise OutOfService(f"nothing was stored of {RETURNS_MAX} requests in fair weather")
 
 

@@ -128,14 +128,13 @@ def keeps_the_children_of_a_lost_parent(patch: Patch) -> None:
 
 
 def asks_again_after_a_failed_load(patch: Patch) -> None:
-    """A request whose load failed is matched again."""
+    """A request whose load failed is matched again, and the block that failed stays to be found."""
     finish = Planner._finish
 
-    def finish_and_forget(self: Planner, operation: Operation, *, is_failed: bool) -> None:
-        finish(self, operation, is_failed=is_failed)
-        operation.track.load_failed = False
+    def finish_in_peace(self: Planner, operation: Operation, *, is_failed: bool) -> None:
+        finish(self, operation, is_failed=is_failed and operation.is_store)
 
-    patch.setattr(Planner, "_finish", finish_and_forget)
+    patch.setattr(Planner, "_finish", finish_in_peace)
 
 
 def overlooks_what_vllm_says_failed(patch: Patch) -> None:
@@ -157,33 +156,6 @@ class _Unheard(msgspec.Struct):
     """A message that never comes."""
 
     reason: str
-
-
-def drops_leases_with_the_first_connection(patch: Patch) -> None:
-    """All leases of a session fall as soon as it ends, although workers may still copy."""
-    end_session = Cache._end_session
-
-    def end_and_drop(self: Cache, session: Any, reason: str) -> None:
-        end_session(self, session, reason)
-        for lease in session.lease_by_id.values():
-            self._abort(session, lease) if lease.is_write else self._release(lease)
-        session.lease_by_id.clear()
-
-    patch.setattr(Cache, "_end_session", end_and_drop)
-
-
-def copies_for_a_session_that_is_over(patch: Patch) -> None:
-    """Operations of a lost session end in the one that follows it."""
-    finish = Planner._finish
-
-    def finish_in_the_present(self: Planner, operation: Operation, *, is_failed: bool) -> None:
-        lease = operation.lease
-        was_in = operation.copy.incarnation
-        finish(self, operation, is_failed=is_failed)
-        if was_in != self._session.incarnation and not operation.is_store:
-            self._session.send(Release(lease))
-
-    patch.setattr(Planner, "_finish", finish_in_the_present)
 
 
 def forgets_late_answers(patch: Patch) -> None:
@@ -331,18 +303,16 @@ MUTANTS: dict[Callable[[Patch], None], tuple[type[Finding], ...]] = {
     overlooks_what_vllm_says_failed: (Stuck,),
     hides_failed_loads: (WrongKV,),
     stays_in_an_ended_session: (OutOfService,),
-    drops_leases_with_the_first_connection: (WrongKV,),
-    copies_for_a_session_that_is_over: (EngineDied,),
     forgets_late_answers: (NotDrained,),
-    reserves_without_parents: (Crossed, NotDrained),
+    reserves_without_parents: (Crossed,),
     counts_tokens_not_computed: (WrongKV,),
     waits_without_bound: (Stuck,),
     releases_on_the_second_admission: (EngineDied,),
     releases_before_the_copy_is_done: (WrongKV,),
-    loads_synchronously: (WrongKV, EngineDied),
+    loads_synchronously: (WrongKV, StrayWrite, EngineDied),
     loads_from_the_first_slot: (WrongKV,),
     keeps_its_namespace_after_a_reset: (WrongKV,),
-    goes_on_with_old_requests_after_a_reset: (WrongKV,),
+    goes_on_with_old_requests_after_a_reset: (WrongKV, Crossed),
 }
 """Each mutant with the findings it may be caught by: any other would be a fault of the mutant, not of its rule."""
 

@@ -83,6 +83,13 @@ class Naming(msgspec.Struct, frozen=True):
     secret: bytes
 
 
+class Place(msgspec.Struct, frozen=True):
+    """Where a block belongs: its user, and how many blocks come before it."""
+
+    user: UserId
+    depth: int
+
+
 class Weather(msgspec.Struct, frozen=True, kw_only=True):
     """How late everything is and what goes wrong. Delays are in steps and drawn up to the number given.
 
@@ -124,7 +131,7 @@ class World:
         self.namings: list[Naming] = []
         self.block_tokens = 0
         self.planner: Planner | None = None
-        self._kept: set[tuple[UserId, Key]] = set()  # named by engines before
+        self._known: dict[Key, Place] = {}  # all that requests of this engine and of those before have
         self.server = HarnessServer(self, self.clock, pages=pages, page_bytes=page_bytes, ranks=0, limits=limits)
         self._events = sorted(weather.events)
 
@@ -218,33 +225,37 @@ class World:
 
         What that user and those keys are is derived here once more, from what the client sent.
         """
-        names: dict[tuple[Content, bytes], dict[Key, UserId]] = {}
+        places: dict[tuple[Content, bytes], dict[Key, Place]] = {}
         for naming in self.namings:
             basis = (naming.root, naming.secret)
-            if basis not in names:
-                names[basis] = self._users(*basis, engine.sequences.values())
+            if basis not in places:
+                places[basis] = self._places(*basis, engine.sequences.values())
+                self._known |= places[basis]
             for key in naming.keys:
-                if names[basis].get(key) != naming.user:
-                    owner = names[basis].get(key)
-                    raise Crossed(f"user {naming.user.hex()} named a block of {owner.hex() if owner else 'nobody'}")
-        named = {(naming.user, key) for naming in self.namings for key in naming.keys}
-        for user in self.server.cache.tenant.user_by_id.values():
-            for key in user.block_by_key:
-                if (user.id, key) not in named | self._kept:
-                    raise Crossed(f"the server keeps a block for user {user.id.hex()} who never named it")
-        self._kept |= named
+                place = places[basis].get(key)
+                if place is None or place.user != naming.user:
+                    raise Crossed(
+                        f"user {naming.user.hex()} named a block of {place.user.hex() if place else 'nobody'}"
+                    )
         self.namings = []
+        for user in self.server.cache.tenant.user_by_id.values():
+            for key, block in user.block_by_key.items():
+                if self._known.get(key) != Place(user.id, block.depth):
+                    raise Crossed(f"the server keeps {block} for user {user.id.hex()}, not as {self._known.get(key)}")
 
-    def _users(self, root: Content, secret: bytes, sequences: Iterable[Sequence]) -> dict[Key, UserId]:
-        user_by_key: dict[Key, UserId] = {}
+    def _places(self, root: Content, secret: bytes, sequences: Iterable[Sequence]) -> dict[Key, "Place"]:
+        place_by_key: dict[Key, Place] = {}
         size = self.block_tokens
         for sequence in sequences:
+            tokens = np.array(sequence.known)
+            if (tokens != tokens.astype(np.int32)).any():
+                continue  # ids that are none have no keys
+            content, tokens = root, tokens.astype(np.int32)
             user_key = unsigned_user_key(secret, sequence.tag)
-            content, tokens = root, np.array(sequence.known, dtype=np.int32)
-            for start in range(0, len(tokens) - size + 1, size):
+            for depth, start in enumerate(range(0, len(tokens) - size + 1, size)):
                 content = next_content(content, tokens[start : start + size].tobytes(), b"")
-                user_by_key[block_key(user_key, content)] = user_id(user_key)
-        return user_by_key
+                place_by_key[block_key(user_key, content)] = Place(user_id(user_key), depth)
+        return place_by_key
 
     def check_deserted(self) -> None:
         """Raise unless an engine that is gone has left nothing at the server."""

@@ -14,7 +14,7 @@ from .options import VOCABULARY, Options
 
 SALTS = (None, "alice", "alice", "bob")  # somebody comes more often, so that there is something to hit
 PREFIXES = 2
-WEIGHTS_AGAIN_STEPS = 25
+WEIGHTS_AGAIN_STEPS = 10
 OUTPUT_TOKENS_MAX = 49  # each costs a step
 
 
@@ -89,15 +89,15 @@ def load_fault(plan: Scenario) -> LoadFault | None:
 
 def play_arrivals(plan: Scenario, engine: Engine, steps_max: int | None = None) -> None:
     """Send and abort until the last request was sent and nothing is left to do, or for `steps_max` steps."""
-    weight_steps = list(plan.weight_steps)
+    weight_steps, again_steps = list(plan.weight_steps), WEIGHTS_AGAIN_STEPS
     arrivals = list(plan.arrivals)
     aborts: list[tuple[int | None, Arrival]] = []
     step = 0
     while (arrivals or engine.busy or weight_steps) and (steps_max is None or step < steps_max):
         if weight_steps and weight_steps[0] <= step:
-            # A refused attempt has preempted all that ran: whoever tries again at every step stops the engine.
-            refused = [] if engine.change_weights() else [step + WEIGHTS_AGAIN_STEPS]
-            weight_steps = refused + weight_steps[1:]
+            # A refused attempt has preempted all that ran: the next one comes later each time, for them to get on.
+            weight_steps = weight_steps[1:] if engine.change_weights() else [step + again_steps, *weight_steps[1:]]
+            again_steps *= 2
         while arrivals and arrivals[0].step <= step:
             arrival = arrivals.pop(0)
             sampling = {} if arrival.reads_cache else {"skip_reading_prefix_cache": True}
