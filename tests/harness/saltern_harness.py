@@ -1,7 +1,7 @@
 """Saltern as a subject: a real server on a socket of its own, for as long as a test needs it.
 
-The only file of the harness that knows Saltern, and it knows no more than a user does: the command that serves, the
-connector's name and its settings.
+It knows no more of Saltern than a user does: the command that serves, the connector's name and its settings. For what
+runs in one process and can be repeated, see `saltern_world`.
 """
 
 import importlib

@@ -211,9 +211,9 @@ def _block_pages(options: Options, slots: int) -> int:
 
 
 @contextmanager
-def stepped(options: Options) -> Iterator[Subject]:
-    """Serve an empty cache in fair weather; yields the connector, its blocks as large as the engine's."""
-    world = World(FAIR)
+def stepped(options: Options, weather: Weather = FAIR) -> Iterator[Subject]:
+    """Serve an empty cache for a while; yields the connector, its blocks as large as the engine's."""
+    world = World(weather)
     with world.around():
         settings = _settings(options, slots=1) | {"saltern.store": "all"}
         yield Subject(SalternConnector, settings, world.leftovers, world.tick)

@@ -35,8 +35,9 @@ def test_reference_connector_passes_and_goes_through_everything() -> None:
     total: Counter[str] = Counter()
     for seed in range(SEEDS):
         total.update(msgspec.structs.asdict(run(seed)))
-    for event in msgspec.structs.fields(type(run(0))):
-        assert total[event.name] > 10, f"the scenarios hardly ever lead to {event.name}"
+    del total["resets"]  # the weights change in the lives of Saltern only
+    for event, count in total.items():
+        assert count > 10, f"the scenarios hardly ever lead to {event}"
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
