@@ -82,7 +82,7 @@ def commits_after_the_first_rank(patch: Patch) -> None:
         for op_id in reports.done:
             operation = self._operation_by_id.get(op_id)
             if operation is not None and operation.is_store:
-                self._finish(operation, is_failed=False)
+                self._finish(operation)
         report(self, reports)
 
     patch.setattr(Planner, "report", report_early)
@@ -92,8 +92,10 @@ def commits_what_failed(patch: Patch) -> None:
     """A write that one rank could not make is published all the same."""
     finish = Planner._finish
 
-    def finish_well(self: Planner, operation: Operation, *, is_failed: bool) -> None:
-        finish(self, operation, is_failed=is_failed and not operation.is_store)
+    def finish_well(self: Planner, operation: Operation) -> None:
+        if operation.is_store:
+            operation.failed, operation.is_spoiled = 0, False
+        finish(self, operation)
 
     patch.setattr(Planner, "_finish", finish_well)
 
@@ -131,8 +133,10 @@ def asks_again_after_a_failed_load(patch: Patch) -> None:
     """A request whose load failed is matched again, and the block that failed stays to be found."""
     finish = Planner._finish
 
-    def finish_in_peace(self: Planner, operation: Operation, *, is_failed: bool) -> None:
-        finish(self, operation, is_failed=is_failed and operation.is_store)
+    def finish_in_peace(self: Planner, operation: Operation) -> None:
+        if not operation.is_store:
+            operation.failed, operation.is_spoiled = 0, False
+        finish(self, operation)
 
     patch.setattr(Planner, "_finish", finish_in_peace)
 

@@ -375,10 +375,22 @@ class SteppedMapping:
 
 
 class SteppedLifeline:
-    """A lifeline that moves once a step, and otherwise lives like `saltern.client.lifeline.Lifeline`."""
+    """A lifeline that moves once a step, and otherwise lives like `saltern.client.lifeline.Lifeline`.
+
+    What else that one is told is about its socket.
+    """
 
     def __init__(
-        self, world: World, path: str, *, engine: str, name: bytes, rank: int, world_size: int, outlives_socket: bool
+        self,
+        world: World,
+        path: str,
+        *,
+        engine: str,
+        name: bytes,
+        rank: int,
+        world_size: int,
+        outlives_socket: bool,
+        **of_the_socket: object,
     ) -> None:
         self.rank = rank
         self.uses = 0

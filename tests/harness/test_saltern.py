@@ -10,19 +10,23 @@ pytest.importorskip("vllm", reason="the harness runs vLLM's own scheduler")
 
 from msgspec.structs import replace
 
+from saltern.vllm.connector import SalternConnector
+from saltern.vllm.settings import PATIENCE_MS
+
 from . import saltern_mutants as mutants
+from .engine import Engine
 from .findings import EngineDied, Finding
 from .options import Options
 from .promises import ENGINES, PROMISES
 from .saltern_harness import IDLE_SECONDS, saltern
 from .saltern_lives import live, stepped
+from .saltern_world import Weather, World
 
 SEEDS = range(40)
 HUNT = range(120)
 
 REGRESSIONS = {
     57: "a load that only vLLM knew to have failed was promised again, for ever",
-    86: "an idle engine kept blocks held for a reservation that was answered late, or never",
 }
 """Seeds that found something, and what."""
 
@@ -55,6 +59,20 @@ def test_lives_end_well_and_go_through_everything() -> None:
 @pytest.mark.parametrize("seed", REGRESSIONS)
 def test_found_once_and_never_again(seed: int) -> None:
     live(seed)
+
+
+def test_an_engine_that_falls_idle_keeps_no_block_for_a_late_reservation() -> None:
+    options = Options(tag_users=True)
+    world = World(Weather())
+    settings = {"saltern.socket": "in this process", "saltern.block_tokens": options.block_tokens}
+    with world.around(), Engine(options, SalternConnector, settings, on_step=world.tick) as engine:
+        engine.add("late", [1] * 40, "alice")
+        world.freeze_server()
+        engine.run(until=lambda: bool(engine.connector._planner.leftovers["held blocks"]))
+        engine.step()
+        world.clock.advance(PATIENCE_MS / 1000)  # during a step: the next one would have freed them
+        engine.run()
+        assert engine.connector._planner.leftovers["held blocks"] == 0
 
 
 def test_a_seed_decides_a_life() -> None:
