@@ -1,6 +1,7 @@
 """What holds for the scheduler's connection, against sockets that behave badly on purpose."""
 
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -192,3 +193,25 @@ def test_a_forked_child_does_not_keep_the_connection(fake: FakeServer) -> None:
 def test_a_frozen_server_is_not_waited_for_longer_than_asked(fake: FakeServer) -> None:
     with pytest.raises(ConnectionLost, match="did not answer within"):
         fetch_stats(fake.path, timeout=0.01)
+
+
+def test_a_server_of_another_user_is_not_spoken_to(fake: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    uid = os.getuid()
+    with monkeypatch.context() as patch:  # as if this process were neither the server's user nor served by root
+        patch.setattr(os, "getuid", lambda: uid + 1)
+        patch.setattr("saltern.client.sockets.ROOT", -1)
+        with pytest.raises(ConnectionLost, match=rf"served by another user \(uid {uid}\): set saltern.server_uid"):
+            Control.connect(fake.path)
+        Control.connect(fake.path, server_uid=uid).close()
+
+
+def test_no_descriptors_left_is_a_lost_connection_and_no_error(fake: FakeServer) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(0)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+    try:
+        with pytest.raises(ConnectionLost, match="Too many open files"):
+            Control.connect(fake.path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -1,5 +1,6 @@
 """What holds for a worker's lifeline and its mapping, against a real server and real processes."""
 
+import fcntl
 import logging
 import os
 import signal
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from saltern.client import lifeline as lifeline_module
-from saltern.client.lifeline import Arena, Lifeline
+from saltern.client.lifeline import Arena, Lifeline, check_sealed
 from saltern.core.messages import NAME_BYTES, SessionEnded
 from tests.support import PATIENCE_SECONDS, Engine, engine_at, serving, until, worker_at
 
@@ -237,3 +238,19 @@ def test_a_worker_never_takes_memory_that_the_server_has_not() -> None:
     assert arena_rss_bytes() == 2 * lifeline_module.POPULATE_BYTES
     assert arena.unmap()
     os.close(fd)
+
+
+@pytest.mark.parametrize("seals", [0, fcntl.F_SEAL_SHRINK])
+def test_an_arena_that_could_shrink_under_its_users_is_not_mapped(seals: int) -> None:
+    fd = os.memfd_create("arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, 65_536)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+        with pytest.raises(ValueError, match="not sealed"):
+            check_sealed(fd, 65_536)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+        check_sealed(fd, 65_536)
+        with pytest.raises(ValueError, match="another size"):
+            check_sealed(fd, 131_072)
+    finally:
+        os.close(fd)

@@ -95,8 +95,10 @@ def asks_again_after_a_failed_load(patch: pytest.MonkeyPatch) -> None:
     """A bad block is matched, loaded and failed for ever."""
     finish = Planner._finish
 
-    def finish_in_peace(self: Planner, operation: Operation, *, is_failed: bool) -> None:
-        finish(self, operation, is_failed=is_failed and operation.is_store)
+    def finish_in_peace(self: Planner, operation: Operation) -> None:
+        if not operation.is_store:
+            operation.failed, operation.is_spoiled = 0, False
+        finish(self, operation)
 
     patch.setattr(Planner, "_finish", finish_in_peace)
 
@@ -105,8 +107,10 @@ def commits_what_failed(patch: pytest.MonkeyPatch) -> None:
     """A block is published that a rank could not write."""
     finish = Planner._finish
 
-    def finish_well(self: Planner, operation: Operation, *, is_failed: bool) -> None:
-        finish(self, operation, is_failed=is_failed and not operation.is_store)
+    def finish_well(self: Planner, operation: Operation) -> None:
+        if operation.is_store:
+            operation.failed, operation.is_spoiled = 0, False
+        finish(self, operation)
 
     patch.setattr(Planner, "_finish", finish_well)
 

@@ -290,6 +290,18 @@ class TestFailedLoads:
         assert engine.server.leases() == 0
         engine.abort(request)
 
+    def test_a_rank_without_an_arena_says_nothing_of_the_blocks_in_it(self, make_engine: EngineMaker) -> None:
+        engine = make_engine()
+        stored(engine, PROMPT)
+        engine.arrive(PROMPT, "alice")
+        (load,) = engine.step().loads
+        engine.ranks[0].pending.clear()
+        engine.planner.report(Reports(failed={load.op_id: 1}, untouched={load.op_id: 1}))
+        engine._loaded(load.request_id, is_failed=True)
+        engine.settle()
+        assert not engine.sent_of(Discard)
+        assert engine.ready_blocks("alice") == 2
+
     def test_one_rank_that_fails_fails_the_load(self, make_engine: EngineMaker) -> None:
         engine = make_engine(ranks=2)
         stored(engine, PROMPT)
@@ -628,6 +640,19 @@ class TestSessions:
         assert match(engine, request) == 8
         engine.server.restart()
         assert match(engine, request) == 0
+
+    def test_a_reset_publishes_nothing_that_was_being_stored(self, engine: Engine) -> None:
+        computing(engine, PROMPT, outputs=5)
+        engine.step()
+        engine.step()  # the workers have it
+        computing(engine, [3, 3, 3, 3], outputs=5)
+        engine.step()  # this one is only reserved
+        engine.reset(b"other weights")
+        assert engine.held() == 4, "only what workers copy from is still held"
+        engine.settle()
+        assert not engine.sent_of(Commit)
+        assert len(engine.sent_of(Abort)) == 2
+        assert engine.server.cache.tenant.used_pages == 0
 
     def test_a_reset_leaves_what_was_computed_behind(self, engine: Engine) -> None:
         stored(engine, PROMPT)

@@ -14,7 +14,7 @@ from saltern.vllm.stats import FIELDS, SalternPromMetrics, SalternStats
 def copied(*, blocks: int, is_store: bool = False, is_failed: bool = False, seconds: float = 0.5) -> Finished:
     """Return a copy of `blocks` engine blocks that has ended."""
     piece = Piece(extent=(Run(start=0, count=1),), first_slot=0, engine_blocks=tuple(range(blocks)))
-    return Finished(Copy(1, b"", "request-of-alice", (piece,)), is_store, is_failed, seconds)
+    return Finished(Copy(1, b"", "request-of-alice", (piece,)), is_store, is_failed, seconds=seconds)
 
 
 def test_bytes_are_those_of_the_blocks_that_were_copied() -> None:

@@ -23,17 +23,17 @@ _READ_BYTES = 256 * 1024
 class Control:
     """A connection that is used from one thread. Whatever ends it is a `ConnectionLost`; it is then closed."""
 
-    def __init__(self, path: str) -> None:
-        self._socket = open_socket(path)
+    def __init__(self, path: str, *, server_uid: int | None = None) -> None:
+        self._socket = open_socket(path, server_uid=server_uid)
         self._path = path
         self._wire = client_wire()
         self._outgoing = bytearray(self._wire.preamble)
         forget_in_children(self)
 
     @classmethod
-    def connect(cls, path: str) -> "Control":
+    def connect(cls, path: str, *, server_uid: int | None = None) -> "Control":
         """Connect to the server's socket. Never waits: raises `ConnectionLost` if nobody takes the connection."""
-        return cls(path)
+        return cls(path, server_uid=server_uid)
 
     def send(self, message: Request) -> None:
         """Send a message, or as much of it as the socket takes now; the rest follows with the next call."""

@@ -12,6 +12,7 @@ restarted finds the memory of the old arena free as soon as its workers have dra
 """
 
 import ctypes
+import fcntl
 import logging
 import mmap
 import os
@@ -53,6 +54,7 @@ class Arena:
         self.buffer = memoryview(self._map)
         self.page_bytes = page_bytes
         self.uses = 0
+        self.is_announced = False  # to `Lifeline.on_map`
 
     @property
     def populated(self) -> bool:
@@ -108,7 +110,7 @@ class Lifeline:
 
     `name` is the random name by which the worker's scheduler knows it. With `outlives_socket` the server waits for the
     end of this process before it reuses what was leased. `on_map` and `on_unmap` are called on that thread with
-    a fresh arena before it is handed out, and with a drained one before it is unmapped; they must not raise.
+    an arena once it is handed out, and once it has drained, before it is unmapped; they must not raise.
     """
 
     def __init__(
@@ -120,10 +122,12 @@ class Lifeline:
         rank: int,
         world_size: int,
         outlives_socket: bool = False,
+        server_uid: int | None = None,
         on_map: Callable[[Arena], None] | None = None,
         on_unmap: Callable[[Arena], None] | None = None,
     ) -> None:
         self._path = path
+        self._server_uid = server_uid
         self._hello = WorkerHello(
             engine=engine, name=name, rank=rank, world_size=world_size, outlives_socket=outlives_socket
         )
@@ -215,7 +219,7 @@ class Lifeline:
 
         Returns if the worker was attached or closes; raises `ConnectionLost` or `_RefusedError` if it never was.
         """
-        self._connection = connection = _Connection(open_socket(self._path), self._wake_fd)
+        self._connection = connection = _Connection(open_socket(self._path, server_uid=self._server_uid), self._wake_fd)
         try:
             connection.send(self._hello)
             arena = self._map(connection)
@@ -241,13 +245,12 @@ class Lifeline:
             case _:
                 raise ConnectionLost(f"the server answered a hello with {type(message).__name__}")
         try:
+            check_sealed(fd, arena_bytes)
             arena = Arena(fd, arena_bytes=arena_bytes, page_bytes=page_bytes)
         except (OSError, ValueError) as error:
             raise ConnectionLost(f"cannot map the arena of {arena_bytes} bytes: {error}") from None
         finally:
             os.close(fd)
-        if self.on_map is not None:
-            self.on_map(arena)
         self._arena = arena
         return arena
 
@@ -272,6 +275,7 @@ class Lifeline:
                 case Attached(incarnation):
                     attached = True
                     self._hand_out(incarnation)
+                    self._announce(arena)
                 case SessionEnded(reason):
                     log.info("the session ended: %s", reason)
                     return
@@ -287,11 +291,17 @@ class Lifeline:
                 self._incarnation = incarnation
                 self._changed.notify_all()
 
+    def _announce(self, arena: Arena) -> None:
+        """Tell of a mapping that is in use already: pinning it may take long, and copies need not wait for that."""
+        arena.is_announced = True
+        if self.on_map is not None:
+            self.on_map(arena)
+
     def _unmap(self, arena: Arena) -> None:
         with self._changed:
             self._ended_incarnation, self._incarnation = self._incarnation, None
             self._changed.wait_for(lambda: not arena.uses)
-        if self.on_unmap is not None:
+        if arena.is_announced and self.on_unmap is not None:
             self.on_unmap(arena)
         self._arena = None
         if arena.unmap():
@@ -376,6 +386,13 @@ class _Connection:
             self._messages += self._wire.feed(data)
         except ProtocolError as error:
             raise _RefusedError(str(error)) from None
+
+
+def check_sealed(fd: int, arena_bytes: int) -> None:
+    """Raise `ValueError` unless the arena stays as large as it is said to be: a shorter one ends us with SIGBUS."""
+    wanted = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+    if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & wanted != wanted or os.fstat(fd).st_size != arena_bytes:
+        raise ValueError("it is not sealed, or of another size")
 
 
 # madvise(2) and mincore(2) themselves: `mmap.madvise` keeps the interpreter's lock while pages are populated.

@@ -3,8 +3,12 @@
 import errno
 import os
 import socket
+from struct import Struct
 from typing import Protocol
 from weakref import WeakSet
+
+ROOT = 0
+"""Whoever this is could take what it wants from this process anyhow."""
 
 
 class ConnectionLost(Exception):  # noqa: N818  # an event of the field, not a fault of ours
@@ -18,17 +22,25 @@ class ForgottenByChildren(Protocol):
         """Close whatever the parent had open. Runs in the child, where no other thread exists."""
 
 
-def open_socket(path: str) -> socket.socket:
+def open_socket(path: str, *, server_uid: int | None = None) -> socket.socket:
     """Connect to a server's socket without waiting and return it, non-blocking and close-on-exec.
 
-    Raises `ConnectionLost`.
+    Raises `ConnectionLost`, also for a server of anybody but this user, root, or `server_uid`: whoever serves us
+    sees every user's KV, and could have put its socket in the place of ours.
     """
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    try:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    except OSError as error:  # out of descriptors
+        raise ConnectionLost(_why(path, error)) from None
     try:
         connection.connect(path)
+        _, uid, _ = _UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
     except OSError as error:
         connection.close()
         raise ConnectionLost(_why(path, error)) from None
+    if uid not in {ROOT, os.getuid(), server_uid}:
+        connection.close()
+        raise ConnectionLost(f"{path} is served by another user (uid {uid}): set saltern.server_uid if that is right")
     return connection
 
 
@@ -57,5 +69,6 @@ def _forget_all() -> None:
     _owners.clear()
 
 
+_UCRED = Struct("3i")  # pid, uid, gid
 _owners: "WeakSet[ForgottenByChildren]" = WeakSet()
 os.register_at_fork(after_in_child=_forget_all)

@@ -75,7 +75,7 @@ class Welcome(Struct, frozen=True, array_like=True, tag=3):
 
     arena_bytes: int
     page_bytes: int
-    naming_secret: bytes = b""
+    naming_secret: Annotated[bytes, Meta(max_length=64)] = b""  # BLAKE2b's longest key
 
 
 class Refused(Struct, frozen=True, array_like=True, tag=4):

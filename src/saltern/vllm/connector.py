@@ -166,6 +166,7 @@ class SalternConnector(KVConnectorBase_V1):
             workers=tuple(worker.name for worker in self._handshakes),
             block_bytes=offset,
             clock=time.monotonic,
+            server_uid=self._settings.server_uid,
         )
         self._facts_digest = namespace_digest(
             self._config, vllm_version=vllm.__version__, worker_facts=[worker.facts for worker in self._handshakes]
@@ -299,6 +300,7 @@ class SalternConnector(KVConnectorBase_V1):
             rank=rank,
             world_size=parallel.world_size,
             outlives_socket=buffer.is_cuda,
+            server_uid=self._settings.server_uid,
         )
         self._worker.attach(lifeline, make_copier(buffer, layout, lifeline))
 

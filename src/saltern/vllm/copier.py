@@ -37,6 +37,7 @@ class Finished(NamedTuple):
     copy: Copy
     is_store: bool
     is_failed: bool
+    is_untouched: bool = False  # it failed for want of a mapped arena: that says nothing of the blocks in it
     seconds: float = 0.0  # from its begin, what it waited for before not counted
 
 
@@ -83,10 +84,11 @@ class CpuCopier:
             pool.shutdown(cancel_futures=True)
 
     def _run(self, copy: Copy, shard: Shard, *, is_store: bool) -> None:
-        is_failed = True
+        is_failed, is_untouched = True, False
         began = time.monotonic()
         try:
             mapping = self._lifeline.hold(copy.incarnation, ATTACH_SECONDS_MAX)
+            is_untouched = mapping is None
             if mapping is not None:
                 try:
                     self._move(copy, shard, mapping, is_store=is_store)
@@ -95,7 +97,8 @@ class CpuCopier:
                     mapping.release()
         except Exception:  # a copy that fails for whatever reason must still be reported
             logger.exception("a copy failed")
-        self._finished.put(Finished(copy, is_store, is_failed, seconds=time.monotonic() - began))
+        seconds = time.monotonic() - began
+        self._finished.put(Finished(copy, is_store, is_failed, is_untouched=is_untouched, seconds=seconds))
 
     def _move(self, copy: Copy, shard: Shard, mapping: Mapping, *, is_store: bool) -> None:
         check_bounds(copy, shard, self._layout, mapping)

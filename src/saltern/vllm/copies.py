@@ -41,10 +41,15 @@ class Reports:
 
     done: dict[int, int] = field(default_factory=dict)
     failed: dict[int, int] = field(default_factory=dict)
+    untouched: dict[int, int] = field(default_factory=dict)  # of the failed: those that never had the arena
 
     def add(self, other: "Reports") -> None:
         """Sum another rank's, or another step's, into this one."""
-        for mine, theirs in ((self.done, other.done), (self.failed, other.failed)):
+        for mine, theirs in (
+            (self.done, other.done),
+            (self.failed, other.failed),
+            (self.untouched, other.untouched),
+        ):
             for op_id, ranks in theirs.items():
                 mine[op_id] = mine.get(op_id, 0) + ranks
 

@@ -13,8 +13,7 @@ began, and its end is an event that is asked, not waited for. Only the worker's 
 
 import logging
 from collections import deque
-from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -27,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 STAGING_SLOTS = 16
 """Slots in flight per direction: 16 of 2 MB keep a PCIe 5 link busy for a millisecond."""
+
+
+_HOST_REGISTER_PORTABLE = 1  # pinned for every device of the process
 
 
 class _Running(NamedTuple):
@@ -62,6 +64,7 @@ class CudaCopier:
         self._stores = _Lane(kv.device, layout.slot_bytes)
         self._running: deque[_Running] = deque()
         self._failed: list[Finished] = []
+        self._is_pinned = False
         self._pages = [
             torch.as_strided(
                 kv,
@@ -77,7 +80,7 @@ class CudaCopier:
         """Launch a copy behind all that the engine has launched so far."""
         mapping = self._lifeline.hold(copy.incarnation, ATTACH_SECONDS_MAX)
         if mapping is None:
-            self._failed.append(Finished(copy, is_store, is_failed=True))
+            self._failed.append(Finished(copy, is_store, is_failed=True, is_untouched=True))
             return
         lane = self._stores if is_store else self._loads
         began, event = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -89,9 +92,11 @@ class CudaCopier:
                 event.record(lane.stream)
         except Exception:  # a copy that fails for whatever reason must still be reported
             logger.exception("a copy failed")
-            lane.stream.synchronize()  # part of it may have been launched
-            mapping.release()
-            self._failed.append(Finished(copy, is_store, is_failed=True))
+            try:
+                lane.stream.synchronize()  # part of it may have been launched
+            finally:
+                mapping.release()
+                self._failed.append(Finished(copy, is_store, is_failed=True))
             return
         self._running.append(_Running(copy, is_store, began, event, mapping))
 
@@ -153,12 +158,16 @@ class CudaCopier:
 
     def _register(self, arena: Arena) -> None:
         """Pin the arena. Copies to memory that isn't are correct, but slow and not asynchronous."""
-        view = torch.frombuffer(arena.buffer, dtype=torch.uint8)
-        error: Any = torch.cuda.cudart().cudaHostRegister(view.data_ptr(), view.numel(), 0)
-        if int(error) != 0:
-            logger.warning("CUDA can't pin the arena (error %d, see `ulimit -l`): copies will be slow", int(error))
+        with torch.cuda.device(self._device):  # this thread's own would be the first, whatever this rank's is
+            view = torch.frombuffer(arena.buffer, dtype=torch.uint8)
+            error = int(torch.cuda.cudart().cudaHostRegister(view.data_ptr(), view.numel(), _HOST_REGISTER_PORTABLE))
+        self._is_pinned = error == 0
+        if not self._is_pinned:
+            logger.warning("CUDA can't pin the arena (error %d, see `ulimit -l`): copies will be slow", error)
 
     def _unregister(self, arena: Arena) -> None:
-        view = torch.frombuffer(arena.buffer, dtype=torch.uint8)
-        with suppress(RuntimeError):  # it wasn't pinned
-            torch.cuda.cudart().cudaHostUnregister(view.data_ptr())
+        if self._is_pinned:
+            self._is_pinned = False
+            with torch.cuda.device(self._device):
+                view = torch.frombuffer(arena.buffer, dtype=torch.uint8)
+                torch.cuda.cudart().cudaHostUnregister(view.data_ptr())

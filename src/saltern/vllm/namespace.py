@@ -1,8 +1,8 @@
 """The namespace: everything that decides what bytes a block of some tokens has, as one digest.
 
 Two engines share KV only if every fact here is equal, so a fact too many costs hits and a fact too few
-serves wrong bytes. The weights are known by their content, since a path is no identity: by the index and
-headers, the sizes, and a sample of each file that any retraining changes.
+serves wrong bytes. A path is no identity, so the weights are known by what their files hold: the index, and of
+each file its size, samples, the time of its last change, and the name that a hub's cache gave its content.
 """
 
 import json
@@ -67,7 +67,8 @@ def _weights_identity(model: str, revision: str | None) -> str:
     for index in sorted(folder.glob("*.index.json")):
         summary.update(digest(b"saltern.index", [index.name.encode(), index.read_bytes()]))
     for file in files:
-        summary.update(digest(b"saltern.weights", [file.name.encode(), *_samples(file)]))
+        content_name = file.resolve().name.encode()  # in a hub's cache a digest of all of it
+        summary.update(digest(b"saltern.weights", [file.name.encode(), content_name, *_samples(file)]))
     return summary.hexdigest()
 
 
@@ -89,9 +90,11 @@ def _model_folder(model: str, revision: str | None) -> Path | None:
 
 
 def _samples(file: Path) -> Iterator[bytes]:
-    """Yield a file's size and samples of it at even distances: cheap, and different after any retraining."""
-    size = file.stat().st_size
+    """Yield a file's size, its time of change, and samples at even distances: an edit in between has a new time."""
+    status = file.stat()
+    size = status.st_size
     yield size.to_bytes(8, "little")
+    yield status.st_mtime_ns.to_bytes(16, "little", signed=True)
     with file.open("rb") as stream:
         for sample in range(SAMPLES):
             stream.seek(max(size - SAMPLE_BYTES, 0) * sample // (SAMPLES - 1))

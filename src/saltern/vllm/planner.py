@@ -23,7 +23,7 @@ import logging
 import sys
 from array import array
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from itertools import count
 from typing import Protocol
@@ -184,7 +184,19 @@ class Operation:
     first_block: int = 0
     is_with_workers: bool = False
     is_spoiled: bool = False  # whatever its ranks report
-    reports: Reports = field(default_factory=Reports)
+    done: int = 0  # ranks
+    failed: int = 0
+    untouched: int = 0  # of the failed
+
+    @property
+    def is_failed(self) -> bool:
+        """Return whether the blocks are not what they should be: for a load in the engine, for a store in the cache."""
+        return self.is_spoiled or self.failed > 0
+
+    @property
+    def is_bad(self) -> bool:
+        """Return whether the blocks in the cache are to blame, rather than a rank that had no arena."""
+        return self.is_spoiled or self.failed > self.untouched
 
 
 @dataclass(frozen=True)
@@ -337,10 +349,11 @@ class Planner:
             if operation is None:
                 logger.error("a worker reported operation %d, which is not under way", op_id)
                 continue
-            done, failed = reports.done.get(op_id, 0), reports.failed.get(op_id, 0)
-            operation.reports.add(Reports({op_id: done}, {op_id: failed}))
-            if sum(operation.reports.done.values()) + sum(operation.reports.failed.values()) >= self._ranks:
-                self._finish(operation, is_failed=operation.is_spoiled or bool(operation.reports.failed[op_id]))
+            operation.done += reports.done.get(op_id, 0)
+            operation.failed += reports.failed.get(op_id, 0)
+            operation.untouched += reports.untouched.get(op_id, 0)
+            if operation.done + operation.failed >= self._ranks:
+                self._finish(operation)
 
     def remove(self, request_id: str) -> None:
         """Forget a request that is finished or aborted; its copies under way go on."""
@@ -353,6 +366,10 @@ class Planner:
         """Start a new namespace: what was computed so far is neither matched nor stored any more."""
         for request_id in list(self._track_by_id):
             self.remove(request_id)
+        for question in self._question_by_number.values():
+            self._give_up(question)
+        for operation in self._operation_by_id.values():
+            operation.is_spoiled |= operation.is_store  # aborted, once every rank has let go of it
         self._root = namespace_content(namespace)
 
     @property
@@ -478,7 +495,8 @@ class Planner:
             track = question.track
             track.acquired_at = reply.acquired_at
             track.offered = max(track.offered, reply.ready)
-            if track.phase is Phase.ASKED and track.awaited == reply.request:
+            is_whole = len(reply.extents) == max(reply.ready - track.start, 0)
+            if track.phase is Phase.ASKED and track.awaited == reply.request and is_whole:
                 track.acquired = reply
                 track.phase = Phase.ANSWERED
                 return
@@ -533,10 +551,15 @@ class Planner:
         for question in self._question_by_number.values():
             question.plans += 1
             if question.held and question.plans > 1 and now - question.sent_at >= self._patience_seconds:
-                self._free(question.held)
-                question.held = ()
-                question.is_dropped = True
-                question.track.offered = min(question.track.offered, question.first_block)
+                self._give_up(question)
+
+    def _give_up(self, question: Question) -> None:
+        """Wait for an answer no longer: what it brings is given back, what is held for it is freed."""
+        if question.held:
+            question.track.offered = min(question.track.offered, question.first_block)
+        self._free(question.held)
+        question.held = ()
+        question.is_dropped = True
 
     def _lose_session(self) -> None:
         """Give up what only the lost session could have answered; copies under way are still reported."""
@@ -599,23 +622,24 @@ class Planner:
             self._held += len(held)
             track.offered = full
 
-    def _finish(self, operation: Operation, *, is_failed: bool) -> None:
+    def _finish(self, operation: Operation) -> None:
         del self._operation_by_id[operation.copy.op_id]
         if operation.held:
             self._free(operation.held)
-        if is_failed and not operation.is_store:
-            operation.track.load_failed = True
-            operation.track.offered = operation.track.settled = 0  # the request computes itself what the cache loses
+        track = operation.track
+        if operation.is_failed and not operation.is_store:
+            track.load_failed = True
+            track.offered = track.settled = 0  # the request computes itself what the cache loses
         if operation.copy.incarnation != self._session.incarnation:
             return  # the lease went with its session
         if operation.is_store:
-            self._session.send(Abort(operation.lease) if is_failed else Commit(operation.lease))
-            if is_failed:
-                operation.track.settled = max(operation.track.settled, operation.track.offered)
-                operation.track.offered = min(operation.track.offered, operation.first_block)
+            self._session.send(Abort(operation.lease) if operation.is_failed else Commit(operation.lease))
+            if operation.is_failed:
+                track.settled = max(track.settled, track.offered)
+                track.offered = min(track.offered, operation.first_block)
             return
-        if is_failed:
-            self._session.send(Discard(operation.track.user, operation.keys[0]))
+        if operation.is_bad:
+            self._session.send(Discard(track.user, operation.keys[0]))
         self._session.send(Release(operation.lease))
 
     def _free(self, block_ids: Sequence[int]) -> None:

@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import Callable
 from enum import Enum
+from functools import partial
 
 from saltern.client.control import ConnectionLost, Control
 from saltern.core.messages import NAME_BYTES, Attached, Refused, Reply, Request, SchedulerHello, SessionEnded, Welcome
@@ -41,14 +42,15 @@ class Session:
         workers: tuple[bytes, ...],
         block_bytes: int,
         clock: Callable[[], float],
-        connect: Callable[[str], Control] = Control.connect,
+        server_uid: int | None = None,
+        connect: Callable[[str], Control] | None = None,
     ) -> None:
         self._path = path
         self._engine = engine
         self._workers = workers
         self._block_bytes = block_bytes
         self._clock = clock
-        self._connect = connect
+        self._connect = connect or partial(Control.connect, server_uid=server_uid)
         self._control: Control | None = None
         self._retry_at = 0.0
         self._retry_seconds = RETRY_SECONDS_MIN
@@ -121,8 +123,8 @@ class Session:
         return answers
 
     def close(self) -> None:
-        """Leave for good."""
-        self._close("the engine stops")
+        """Leave for good, without a word in the log."""
+        self._close(self._last_reason)
         self._retry_at = float("inf")
 
     def _close(self, reason: str) -> None:

@@ -1,6 +1,7 @@
 """The connector's settings: `kv_connector_extra_config`, checked once at start."""
 
 import difflib
+import os
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
@@ -11,11 +12,26 @@ from msgspec import Struct
 from saltern.paths import default_socket_path
 from saltern.secret import read_secret
 
-PATIENCE_MS = 50.0
-"""How long a request waits for the server's answer before it counts as a miss. A round trip takes 0.1 ms."""
+PATIENCE_MS = 250.0
+"""How long a request waits for the server's answer before it counts as a miss.
+
+A round trip takes 0.1 ms, but on a machine with more work than cores a server has waited for 50 ms to run, and a
+miss costs more. It is paid once for a frozen server, and never for a dead one, whose end is seen at once.
+"""
 
 BLOCK_TOKENS = 128
 """Tokens of a block: the smallest size at which a page of a small model is still copied at memory speed."""
+
+
+KNOWN = (
+    "saltern.socket",
+    "saltern.block_tokens",
+    "saltern.store",
+    "saltern.require_salt",
+    "saltern.secret_file",
+    "saltern.patience_ms",
+    "saltern.server_uid",
+)
 
 
 class SettingsError(ValueError):
@@ -38,26 +54,27 @@ class Settings(Struct, frozen=True):
     require_salt: bool = False
     naming_secret: bytes | None = None  # None: the server's
     patience_seconds: float = PATIENCE_MS / 1000
+    server_uid: int | None = None  # who may serve us, beside root and the engine's own user
 
 
 def parse_settings(extra_config: Mapping[str, Any]) -> Settings:
     """Read the `saltern.*` keys; raises `SettingsError` for one that is unknown or can't be used."""
     values = {name: value for name, value in extra_config.items() if name.startswith("saltern.")}
-    known = [
-        "saltern." + name for name in ("socket", "block_tokens", "store", "require_salt", "secret_file", "patience_ms")
-    ]
     for name in values:
-        if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; known are {', '.join(known)}"
+        if name not in KNOWN:
+            nearest = difflib.get_close_matches(name, KNOWN, n=1)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; known are {', '.join(KNOWN)}"
             raise SettingsError(f"kv_connector_extra_config has no setting {name!r}{hint}")
     return Settings(
-        socket=_checked(values, "saltern.socket", str, str(default_socket_path()), "the path of the server's socket"),
+        socket=os.path.expanduser(
+            _checked(values, "saltern.socket", str, str(default_socket_path()), "the path of the server's socket")
+        ),
         block_tokens=_checked(values, "saltern.block_tokens", int, None, "a number of tokens"),
         store=_store_mode(_checked(values, "saltern.store", str, "prompt", '"prompt" or "all"')),
         require_salt=_checked(values, "saltern.require_salt", bool, False, "true or false"),
         naming_secret=_secret(_checked(values, "saltern.secret_file", str, None, "the path of a file")),
         patience_seconds=_patience(values) / 1000,
+        server_uid=_checked(values, "saltern.server_uid", int, None, "a user's number"),
     )
 
 

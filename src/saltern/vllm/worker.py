@@ -55,13 +55,18 @@ class Worker:
         """Take in the copies that ended; return the requests whose load is over, well or badly."""
         loaded: set[str] = set()
         for finished in self._copier.finished() if self._copier else ():
-            copy, is_store, is_failed, _ = finished
             self._finished.append(finished)
-            counts = self._reports.failed if is_failed else self._reports.done
-            counts[copy.op_id] = counts.get(copy.op_id, 0) + 1
-            if not is_store:
+            copy, ended = finished.copy, {finished.copy.op_id: 1}
+            self._reports.add(
+                Reports(
+                    done={} if finished.is_failed else ended,
+                    failed=ended if finished.is_failed else {},
+                    untouched=ended if finished.is_untouched else {},
+                )
+            )
+            if not finished.is_store:
                 loaded.add(copy.request_id)
-                if is_failed:
+                if finished.is_failed:
                     self._bad_blocks.update(block for piece in copy.pieces for block in piece.engine_blocks)
         return loaded
 
