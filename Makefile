@@ -60,7 +60,7 @@ $(LIGHT): pyproject.toml
 	@$(if $(PYTHON),,echo 'Saltern needs Python 3.11, 3.12 or 3.13 with its venv module, and found none.' \
 	  'Install one (on Debian: python3 and python3-venv), or name it: make PYTHON=/path/to/python3.12'; exit 1)
 	@echo 'Installing the developer tools into $(VENV)'
-	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	@$(RUN) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@$(PIP) --editable '.[dev]'
 	@touch $@
 

@@ -5,6 +5,7 @@ by it alone, so that none waits for the others' modules.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -72,7 +73,7 @@ def _stats(options: argparse.Namespace) -> int:
     from saltern.client.sockets import ConnectionLost
 
     try:
-        snapshot = fetch_stats(options.socket)
+        snapshot = fetch_stats(os.path.expanduser(options.socket))
     except ConnectionLost as error:
         return _complain(str(error), EXIT_FAILED)
     print(msgspec.json.encode(snapshot).decode() if options.json else describe(snapshot), flush=True)

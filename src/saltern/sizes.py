@@ -16,6 +16,8 @@ def parse_size(text: str) -> int:
     unit = match and next((unit for unit in _BYTES_BY_UNIT if unit.lower() == match[2].lower()), None)
     if match is None or unit is None:
         raise ValueError(f"{text!r} is not a size: write a number and a unit, such as 64 GiB")
+    if len(match[1]) > 30:
+        raise ValueError(f"{text!r} is not a size: no machine has that much")
     return int(float(match[1]) * _BYTES_BY_UNIT[unit]) if "." in match[1] else int(match[1]) * _BYTES_BY_UNIT[unit]
 
 

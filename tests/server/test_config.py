@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saltern.paths import default_socket_path
+from saltern.secret import make_secret
 from saltern.server.config import ConfigError, ServerSettings, load_config, naming_secret
 from saltern.sizes import format_size, parse_size
 
@@ -152,3 +153,35 @@ def test_a_naming_secret_is_made_once_and_for_its_owner_alone(tmp_path: Path) ->
 
 def test_without_a_file_every_start_has_its_own_secret() -> None:
     assert naming_secret(ServerSettings()) != naming_secret(ServerSettings())
+
+
+def test_a_secret_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = ServerSettings(secret_file=str(tmp_path / "naming.key"))
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", die)
+        with pytest.raises(KeyboardInterrupt):
+            naming_secret(settings)
+    assert not list(tmp_path.iterdir()), "nothing half made is left"
+    assert len(naming_secret(settings)) == 32
+
+
+def test_of_two_that_make_a_secret_both_have_the_first(tmp_path: Path) -> None:
+    path = tmp_path / "naming.key"
+    first = make_secret(path)
+    assert make_secret(path) == first
+
+
+def test_a_list_of_nobody_is_refused(tmp_path: Path) -> None:
+    config = tmp_path / "saltern.toml"
+    config.write_text("[server]\nallowed_uids = []\n")
+    with pytest.raises(ConfigError, match="nobody could connect"):
+        load_config(config)
+
+
+def test_a_home_of_nobody_is_an_error_of_the_setting() -> None:
+    with pytest.raises(ConfigError, match=r"server\.secret_file: ~nobody-of-that-name/key"):
+        naming_secret(ServerSettings(secret_file="~nobody-of-that-name/key"))

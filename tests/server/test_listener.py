@@ -99,9 +99,10 @@ def test_the_socket_of_a_successor_is_not_removed(folder: Path) -> None:
     second_again.close()  # somebody tidied up before
 
 
-def test_a_folder_that_everybody_may_change_is_refused(folder: Path) -> None:
-    folder.chmod(0o777)
-    with pytest.raises(ListenError, match="everybody may change"):
+@pytest.mark.parametrize("mode", [0o777, 0o770])
+def test_a_folder_that_others_may_change_is_refused(folder: Path, mode: int) -> None:
+    folder.chmod(mode)
+    with pytest.raises(ListenError, match="others may change"):
         Listener(folder / "s.sock")
 
 

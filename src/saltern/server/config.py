@@ -23,10 +23,10 @@ format = "plain"             # or "json"
 """
 
 import difflib
-import os
 import re
 import secrets
 import tomllib
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -36,7 +36,7 @@ from msgspec import Meta, Struct
 from saltern.core.keys import SECRET_BYTES
 from saltern.core.tenants import Limits
 from saltern.paths import default_socket_path
-from saltern.secret import read_secret
+from saltern.secret import make_secret, read_secret
 from saltern.sizes import format_size, parse_size
 
 
@@ -60,7 +60,7 @@ class ServerSettings(Struct, frozen=True):
     @property
     def socket_path(self) -> Path:
         """Return where the server listens."""
-        return Path(self.socket).expanduser() if self.socket else default_socket_path()
+        return _expanded(self.socket, "server.socket") if self.socket else default_socket_path()
 
 
 class ArenaSettings(Struct, frozen=True):
@@ -128,21 +128,22 @@ def naming_secret(settings: ServerSettings) -> bytes:
     """
     if not settings.secret_file:
         return secrets.token_bytes(SECRET_BYTES)
-    path = Path(settings.secret_file).expanduser()
+    path = _expanded(settings.secret_file, "server.secret_file")
     try:
-        try:
-            # Exclusive: two servers that start at once must not end up with two secrets.
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        except FileExistsError:
+        with suppress(FileNotFoundError):
             return read_secret(path)
-        secret = secrets.token_bytes(SECRET_BYTES)
-        with os.fdopen(fd, "wb") as file:
-            file.write(secret)
+        return make_secret(path)
     except OSError as error:
         raise ConfigError(f"server.secret_file: {path}: {error.strerror}") from None
     except ValueError as error:
         raise ConfigError(f"server.secret_file: {error}") from None
-    return secret
+
+
+def _expanded(path: str, name: str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:  # of somebody without a home
+        raise ConfigError(f"{name}: {path}: {error}") from None
 
 
 def _read(path: Path) -> Config:
@@ -212,6 +213,10 @@ def _check(config: Config, source: str) -> None:
     arena, tenant = config.arena, config.tenants.default
     if arena.page_size < 4096 or arena.page_size & (arena.page_size - 1):
         raise ConfigError(f"{source}: arena.page_size: {arena.page_size} is not a power of two from 4 KiB up")
+    if config.server.allowed_uids == ():
+        raise ConfigError(
+            f"{source}: server.allowed_uids: nobody could connect; leave it out for the server's own user"
+        )
     if arena.size < arena.page_size:
         raise ConfigError(f"{source}: arena.size: {format_size(arena.size)} is less than one page")
     for name, limit in (("limit", tenant.limit), ("user_limit", tenant.user_limit)):

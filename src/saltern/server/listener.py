@@ -91,8 +91,8 @@ class Listener:
         # Whoever may rename things in the folder could put a socket of its own in our place.
         if not owners <= {0, os.getuid()}:
             raise ListenError(f"{folder} belongs to another user: choose another --socket")
-        if status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX:
-            raise ListenError(f"everybody may change {folder}: choose another --socket")
+        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not status.st_mode & stat.S_ISVTX:
+            raise ListenError(f"others may change {folder}: choose another --socket")
 
     def _refuse_unless_free(self) -> None:
         """Raise unless the path is free, or holds the socket of a server that is dead."""

@@ -3,6 +3,8 @@
 import logging
 import os
 import resource
+import signal
+from typing import NoReturn
 
 from saltern.core.cache import Cache
 from saltern.server.arena import Arena, check_memory
@@ -18,6 +20,8 @@ log = logging.getLogger(__name__)
 def serve(config: Config) -> None:
     """Serve until SIGTERM or SIGINT. Raises `ConfigError`, `ListenError` or `ArenaError` if it can't start."""
     start_logging(config.log)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _leave)  # until the loop is there to end in good order
     _allow_descriptors(2 * config.server.connections_max + 64)  # a socket and a pidfd each
     secret = naming_secret(config.server)
     listener = Listener(config.server.socket_path, mode=config.server.socket_mode)
@@ -35,6 +39,11 @@ def serve(config: Config) -> None:
     loop.run()
     arena.close()
     log.info("stopped")
+
+
+def _leave(*_: object) -> NoReturn:
+    log.info("stopped while it started")
+    raise SystemExit(0)
 
 
 def _prepare(config: Config, listener: Listener, secret: bytes) -> tuple[Arena, Loop]:
