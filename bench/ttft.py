@@ -158,7 +158,7 @@ class _Bench:
 
     def _has_stored(self) -> bool:
         (tenant,) = self._server.stats().tenants
-        return tenant.counts.stored + tenant.counts.stored_after_evicting_own >= self._stored_blocks
+        return tenant.counts.stored + tenant.counts.stored_after_evicting >= self._stored_blocks
 
 
 def _full_blocks(tokens: int) -> int:

@@ -118,7 +118,7 @@ def _describe_tenant(tenant: "TenantStats") -> Iterable[str]:
     yield f"  used    {_share(tenant.used_bytes, tenant.limit_bytes)}, {tenant.blocks} blocks"
     yield f"  hits    {counts.hit_blocks} of {asked} blocks asked for in {counts.acquires} requests"
     yield (
-        f"  stored  {counts.stored} blocks, and {counts.stored_after_evicting_own} after evicting;"
+        f"  stored  {counts.stored} blocks, and {counts.stored_after_evicting} after evicting;"
         f" {counts.aborted} aborted, {counts.discarded} discarded"
     )
     yield f"  evicted {counts.evicted} blocks"

@@ -191,7 +191,7 @@ def test_a_user_at_its_limit_pays_with_its_own_oldest() -> None:
         rig.store(engine, ALICE, prompt)
     assert [rig.lookup(engine, ALICE, prompt) for prompt in "abcd"] == [0, 1, 1, 1]
     assert rig.lookup(engine, BOB, "x") == 1
-    assert rig.cache.snapshot().tenants[0].counts.stored_after_evicting_own == 1
+    assert rig.cache.snapshot().tenants[0].counts.stored_after_evicting == 1
 
 
 def test_a_limit_counts_whole_pages() -> None:

@@ -134,13 +134,13 @@ def _play(what: Life, plan: Scenario, world: World, steps_max: int | None) -> Co
 def _serve_again(what: Life, engine: Engine, world: World) -> None:
     """Come with something new until it is stored, as it must be as soon as all are connected again."""
     tally = world.server.cache.tenant.tally
-    before = tally.stored + tally.stored_after_evicting_own
+    before = tally.stored + tally.stored_after_evicting
     for attempt in range(RETURNS_MAX):
         for _ in range(RETRY_STEPS_MAX):
             engine.pass_time()
         prompt = [attempt] * (what.slots * engine.options.block_tokens)
         engine.ask(f"last-{attempt}", prompt, "carol")
-        if tally.stored + tally.stored_after_evicting_own > before or not what.stores(engine.options):
+        if tally.stored + tally.stored_after_evicting > before or not what.stores(engine.options):
             return
     raise OutOfService(f"nothing was stored of {RETURNS_MAX} requests in fair weather")
 

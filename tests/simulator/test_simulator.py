@@ -73,9 +73,9 @@ def test_seeds_reach_every_answer(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def counting_handle(self: Cache, event: Event, now: float) -> list[object]:
         tally = self.tenant.tally
-        before = (tally.evicted, tally.aborted, tally.discarded, tally.stored, tally.stored_after_evicting_own)
+        before = (tally.evicted, tally.aborted, tally.discarded, tally.stored, tally.stored_after_evicting)
         effects = handle(self, event, now)
-        after = (tally.evicted, tally.aborted, tally.discarded, tally.stored, tally.stored_after_evicting_own)
+        after = (tally.evicted, tally.aborted, tally.discarded, tally.stored, tally.stored_after_evicting)
         for name, old, new in zip(("evicted", "aborted", "discarded", "stored", "own"), before, after, strict=True):
             reached[name] += new - old
         for session in self.sessions:

@@ -441,7 +441,7 @@ class Cache:
                 block.state = BlockState.READY
                 stored += 1
                 tally.stored += not block.evicted_for_it
-                tally.stored_after_evicting_own += block.evicted_for_it
+                tally.stored_after_evicting += block.evicted_for_it
             self._unpin(block)
         self._log("stored", session, blocks=stored)
 
@@ -558,7 +558,7 @@ def _counts(tenant: Tenant) -> Counts:
         hit_blocks=tally.hit_blocks,
         missed_blocks=tally.missed_blocks,
         stored=tally.stored,
-        stored_after_evicting_own=tally.stored_after_evicting_own,
+        stored_after_evicting=tally.stored_after_evicting,
         aborted=tally.aborted,
         evicted=tally.evicted,
         discarded=tally.discarded,

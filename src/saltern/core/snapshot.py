@@ -10,7 +10,7 @@ class Counts(Struct, frozen=True, rename="kebab"):
     hit_blocks: int = 0  # found by an Acquire, those that the engine had itself included
     missed_blocks: int = 0  # asked for by an Acquire and not there
     stored: int = 0  # published without evicting anything for it
-    stored_after_evicting_own: int = 0
+    stored_after_evicting: int = 0  # of this tenant: its own, or another user's where the tenant or arena was full
     aborted: int = 0
     evicted: int = 0
     discarded: int = 0  # reported bad, with their continuations

@@ -47,7 +47,7 @@ class Tally:
     hit_blocks: int = 0
     missed_blocks: int = 0
     stored: int = 0
-    stored_after_evicting_own: int = 0
+    stored_after_evicting: int = 0
     aborted: int = 0
     evicted: int = 0
     discarded: int = 0
