@@ -1,6 +1,7 @@
 """The command line of the benchmarks."""
 
 import argparse
+import logging
 import sys
 import time
 from collections.abc import Callable
@@ -27,6 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results down as well")
     parser.add_argument("--smoke", action="store_true", help="run with tiny sizes: that it works, not how fast")
     options = parser.parse_args(arguments)
+    logging.getLogger("saltern").setLevel(logging.ERROR)  # peers come and go here, which is a warning in an engine
     unknown = [name for name in options.names if name not in BENCHES]
     if unknown:
         parser.error(f"no benchmark {unknown[0]!r}; there are {', '.join(BENCHES)}")

@@ -1,6 +1,5 @@
 """A real server as a child process, and engines without a model that talk to it."""
 
-import logging
 import os
 import subprocess
 import sys
@@ -17,8 +16,6 @@ from saltern.client.sockets import ConnectionLost
 from saltern.core.messages import NAME_BYTES, Reply, Request
 from saltern.core.snapshot import Snapshot
 from saltern.vllm.session import Session
-
-logging.getLogger("saltern").setLevel(logging.ERROR)  # peers come and go here, which is a warning in an engine
 
 WAIT_SECONDS_MAX = 60.0
 """Longest wait for anything here: far above what a loaded machine takes, so that nothing waits for ever."""

@@ -108,10 +108,12 @@ def test_a_view_that_is_left_keeps_the_arena_but_not_the_lifeline(caplog: pytest
         forgotten = mapping.buffer[10:20]
         mapping.release()
         engine.control.close()
-        until(lambda: "a view of it left" in caplog.text, "the view is reported")
-        forgotten[:] = b"still safe"
-        assert arenas_mapped() == 1
-        forgotten.release()
+        try:
+            until(lambda: "a view of it left" in caplog.text, "the view is reported")
+            forgotten[:] = b"still safe"
+            assert arenas_mapped() == 1
+        finally:
+            forgotten.release()  # or the lifeline would wait for it for ever
         until(lambda: not server.stats().sessions, "the lifeline goes on")
 
 
