@@ -7,6 +7,8 @@ import signal
 import socket
 import stat
 import struct
+import tempfile
+import threading
 from array import array
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from saltern.client.control import ConnectionLost, Control
+from saltern.core.cache import Cache
 from saltern.core.keys import KEY_BYTES, USER_ID_BYTES, Key, UserId
 from saltern.core.messages import (
     NAME_BYTES,
@@ -35,8 +38,9 @@ from saltern.core.messages import (
     Welcome,
     WorkerHello,
 )
-from saltern.server.listener import Peer
-from saltern.server.loop import READ_BYTES, _Connection
+from saltern.server.arena import Arena
+from saltern.server.listener import Listener, Peer
+from saltern.server.loop import READ_BYTES, Loop, _Connection
 from saltern.wire import PROTOCOL_NEWEST, client_wire, encode
 from tests.support import PATIENCE_SECONDS, Engine, Server, engine_at, serving, until, worker_at
 
@@ -492,3 +496,35 @@ def test_requests_are_not_logged_unless_asked_for() -> None:
         until(lambda: "session-ended" in server.log, "the end is logged")
         assert "stored" not in server.log
         assert 'session-opened tenant=default engine="tricky\\" name\\n" blocks=0' in server.log
+
+
+def test_a_signal_that_does_not_interrupt_the_wait_stops_the_server_all_the_same() -> None:
+    """A signal may come right before epoll waits, or to another thread: then nothing interrupts the wait."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    finished, had_to_be_woken = threading.Event(), threading.Event()
+
+    def signal_this_thread() -> None:
+        until(
+            lambda: "epoll" in Path(f"/proc/self/task/{os.getpid()}/wchan").read_text() or finished.wait(0.2), "a wait"
+        )
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+        if not finished.wait(PATIENCE_SECONDS):
+            had_to_be_woken.set()
+            loop.stop()
+
+    with tempfile.TemporaryDirectory(prefix="saltern-") as folder:
+        arena = Arena(total_bytes=65_536, huge_pages=False)
+        cache = Cache(pages=1, page_bytes=65_536)
+        loop = Loop(cache, arena, Listener(Path(folder, "s")), uids=frozenset([os.getuid()]), connections_max=2)
+        thread = threading.Thread(target=signal_this_thread)
+        try:
+            loop.stop_on_signals()
+            thread.start()
+            loop.run()
+        finally:
+            finished.set()
+            thread.join()
+            arena.close()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    assert not had_to_be_woken.is_set()

@@ -127,6 +127,7 @@ class Loop:
         self._flushing: dict[ConnectionId, _Connection] = {}
         self._accepts_again_at: float | None = None  # while the process is out of descriptors
         self._stopping = False
+        self._is_woken_by_signals = False
         self._buffer = bytearray(READ_BYTES)
         self._wake_receiver, self._wake_sender = socket.socketpair()
         self._wake_receiver.setblocking(False)
@@ -142,7 +143,13 @@ class Loop:
             self._wake_sender.send(b"\0")
 
     def stop_on_signals(self) -> None:
-        """Stop at SIGTERM and SIGINT, also while waiting."""
+        """Stop at SIGTERM and SIGINT, also while waiting.
+
+        The interpreter itself writes to the wake-up socket: a signal that comes right before epoll begins to wait
+        would otherwise be noticed only when it ends.
+        """
+        signal.set_wakeup_fd(self._wake_sender.fileno(), warn_on_full_buffer=False)
+        self._is_woken_by_signals = True
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self.stop())
 
@@ -391,5 +398,7 @@ class Loop:
         for pidfd in self._ended_by_pidfd:
             os.close(pidfd)
         self._epoll.close()
+        if self._is_woken_by_signals:
+            signal.set_wakeup_fd(-1)
         self._wake_receiver.close()
         self._wake_sender.close()
