@@ -6,23 +6,26 @@ from typing import cast
 import pytest
 
 from saltern.core.blocks import Block
-from saltern.core.cache import USERS_SHOWN
+from saltern.core.describe import USERS_SHOWN
 from saltern.core.effects import Disconnected, Gone, Received, Send
 from saltern.core.extents import extent_pages
 from saltern.core.keys import Key, UserId
 from saltern.core.messages import (
     Abort,
     Acquire,
+    Acquired,
     Attached,
     Commit,
     Discard,
     GetStats,
+    LookedUp,
     Lookup,
     Refusal,
     Refused,
     Release,
     Request,
     Reserve,
+    Reserved,
     SchedulerHello,
     SessionEnded,
     Stats,
@@ -31,7 +34,7 @@ from saltern.core.messages import (
 )
 from saltern.core.order import Stamp
 from saltern.core.tenants import Limits
-from tests.core.rig import ALICE, BOB, CAROL, PAGE_BYTES, Rig, keys
+from tests.core.rig import ALICE, BOB, CAROL, PAGE_BYTES, Rig, keys, states
 
 # Storing and finding
 
@@ -255,7 +258,7 @@ def test_a_block_larger_than_a_limit_is_refused() -> None:
 def test_a_limit_of_nothing_stores_nothing() -> None:
     rig = Rig(limits=Limits(limit_bytes=0))
     assert rig.reserve(rig.engine(), ALICE, "a").refusal is Refusal.OVER_LIMIT
-    assert not rig.cache.tenant.user_by_id
+    assert not rig.cache.default_tenant.user_by_id
 
 
 def test_a_block_larger_than_the_arena_is_refused() -> None:
@@ -370,7 +373,7 @@ def test_an_abort_takes_the_children() -> None:
     rig.store(second, ALICE, "abc")
     rig.say(first, Abort(parent.lease))
     assert rig.used_pages == 0
-    assert not rig.cache.tenant.user_by_id
+    assert not rig.cache.default_tenant.user_by_id
 
 
 def test_an_abort_leaves_the_parent() -> None:
@@ -436,10 +439,10 @@ def test_users_without_blocks_are_forgotten() -> None:
     engine = rig.engine()
     for number in range(1_000):
         rig.store(engine, UserId(number.to_bytes(16, "little")), "ab")
-    assert len(rig.cache.tenant.user_by_id) == 1
+    assert len(rig.cache.default_tenant.user_by_id) == 1
     rig.lookup(engine, BOB, "ab")
     rig.acquire(engine, BOB, "ab")
-    assert BOB not in rig.cache.tenant.user_by_id
+    assert BOB not in rig.cache.default_tenant.user_by_id
 
 
 # Sessions
@@ -708,6 +711,226 @@ def test_a_worker_asks_for_nothing() -> None:
     assert [close.connection for close in rig.closed] == [worker]
 
 
+# States
+
+STATE_BYTES = 2 * PAGE_BYTES + 1  # three pages
+
+
+def test_a_prefix_is_found_up_to_its_last_state() -> None:
+    rig = Rig(pages=20)
+    engine = rig.engine(state_bytes=STATE_BYTES)
+    rig.store(engine, ALICE, "ab", in_state=True)
+    rig.store(engine, ALICE, "abcd")
+    rig.store(engine, ALICE, "abcde", in_state=True)
+    assert rig.lookup(engine, ALICE, "abcd", in_state=True) == 2
+    assert rig.lookup(engine, ALICE, "abcdef", in_state=True) == 5
+    assert rig.lookup(engine, ALICE, "a", in_state=True) == 0
+    assert rig.lookup(engine, ALICE, "abcdef") == 5, "the KV alone is there for whoever needs no state"
+
+
+def test_a_prefix_without_a_state_is_no_prefix() -> None:
+    rig = Rig()
+    engine = rig.engine(state_bytes=STATE_BYTES)
+    rig.store(engine, ALICE, "abc")
+    found = rig.acquire(engine, ALICE, "abc", in_state=True)
+    assert (found.ready, found.extents, found.lease) == (0, (), 0)
+
+
+def test_a_state_lies_behind_its_prefix() -> None:
+    rig = Rig(pages=20)
+    engine = rig.engine(state_bytes=STATE_BYTES)
+    stored = rig.store(engine, ALICE, "abc", in_state=True)
+    extents = tuple(grant.extent for grant in stored.grants)
+    assert [grant.index for grant in stored.grants] == [0, 1, 2, 3]
+    assert [extent_pages(extent) for extent in extents] == [1, 1, 1, 3]
+    assert rig.acquire(engine, ALICE, "abcd", in_state=True).extents == extents
+    assert rig.acquire(engine, ALICE, "abcd", start=2, in_state=True).extents == extents[2:]
+
+
+def test_an_engine_that_has_the_whole_prefix_gets_no_state() -> None:
+    rig = Rig()
+    engine = rig.engine(state_bytes=STATE_BYTES)
+    rig.store(engine, ALICE, "ab", in_state=True)
+    for start in (2, 9):
+        found = rig.acquire(engine, ALICE, "abc", start=start, in_state=True)
+        assert (found.ready, found.extents, found.lease) == (2, (), 0)
+
+
+def test_a_state_can_be_stored_later_than_its_block() -> None:
+    rig = Rig()
+    engine = rig.engine(state_bytes=STATE_BYTES)
+    rig.store(engine, ALICE, "ab")
+    late = rig.reserve(engine, ALICE, "ab", start=2, in_state=True)
+    assert ([grant.index for grant in late.grants], late.upto, late.refusal) == ([2], 3, None)
+    assert rig.lookup(engine, ALICE, "ab", in_state=True) == 0, "it is still being written"
+    rig.say(engine, Commit(late.lease))
+    assert rig.lookup(engine, ALICE, "ab", in_state=True) == 2
+    assert rig.reserve(engine, ALICE, "ab", in_state=True).lease == 0, "it is there"
+
+
+def test_a_state_needs_its_block() -> None:
+    rig = Rig()
+    engine = rig.engine(state_bytes=STATE_BYTES)
+    answer = rig.reserve(engine, ALICE, "ab", start=2, in_state=True)
+    assert (answer.refusal, answer.upto, answer.lease) == (Refusal.NO_PARENT, 0, 0)
+
+
+def test_a_state_counts_once_its_prefix_is_ready() -> None:
+    rig = Rig()
+    first, second = rig.engine("first", state_bytes=STATE_BYTES), rig.engine("second", state_bytes=STATE_BYTES)
+    parent = rig.reserve(first, ALICE, "a")
+    rig.store(second, ALICE, "a", in_state=True)
+    assert rig.lookup(second, ALICE, "a", in_state=True) == 0
+    rig.say(first, Commit(parent.lease))
+    assert rig.lookup(second, ALICE, "a", in_state=True) == 1
+
+
+def test_a_state_dies_with_its_block() -> None:
+    rig = Rig()
+    engine = rig.engine(state_bytes=STATE_BYTES)
+    rig.store(engine, ALICE, "ab", in_state=True)
+    rig.say(engine, Discard(ALICE, keys("ab")[1]))
+    assert rig.used_pages == 1
+    rig.store(engine, ALICE, "ab")
+    assert rig.lookup(engine, ALICE, "ab", in_state=True) == 0
+
+
+def test_a_discarded_state_takes_nothing_with_it() -> None:
+    rig = Rig()
+    engine = rig.engine(state_bytes=STATE_BYTES)
+    rig.store(engine, ALICE, "a", in_state=True)
+    rig.store(engine, ALICE, "ab", in_state=True)
+    rig.say(engine, Discard(ALICE, states("ab")[1]))
+    assert (rig.lookup(engine, ALICE, "ab", in_state=True), rig.lookup(engine, ALICE, "ab")) == (1, 2)
+
+
+def test_a_state_that_is_being_read_is_not_evicted() -> None:
+    rig = Rig(pages=4)
+    engine = rig.engine(state_bytes=STATE_BYTES)
+    rig.store(engine, ALICE, "a", in_state=True)
+    held = rig.acquire(engine, ALICE, "a", in_state=True)
+    assert rig.reserve(engine, BOB, "x").refusal is Refusal.ALL_PINNED
+    rig.say(engine, Release(held.lease))
+    assert rig.reserve(engine, BOB, "x").refusal is None
+    assert (rig.lookup(engine, ALICE, "a", in_state=True), rig.lookup(engine, ALICE, "a")) == (0, 1)
+
+
+def test_the_state_that_was_used_stays_and_the_older_one_goes() -> None:
+    rig = Rig(pages=6)
+    engine = rig.engine(state_bytes=PAGE_BYTES)
+    rig.store(engine, ALICE, "a", in_state=True)
+    rig.store(engine, ALICE, "ab", in_state=True)
+    rig.store(engine, BOB, "xy")
+    rig.acquire(engine, ALICE, "ab", start=2, in_state=True)
+    rig.store(engine, CAROL, "z")
+    assert rig.lookup(engine, ALICE, "a", in_state=True) == 0
+    rig.store(engine, CAROL, "zw")
+    assert rig.lookup(engine, ALICE, "ab", in_state=True) == 2
+    assert rig.lookup(engine, BOB, "xy") == 1
+
+
+def test_a_state_is_charged_to_its_user() -> None:
+    rig = Rig(pages=20, limits=Limits(user_limit_bytes=5 * PAGE_BYTES))
+    engine = rig.engine(state_bytes=STATE_BYTES)
+    rig.store(engine, ALICE, "ab", in_state=True)
+    assert rig.cache.default_tenant.user_by_id[ALICE].used_pages == 5
+    rig.store(engine, ALICE, "abc")
+    assert rig.cache.default_tenant.user_by_id[ALICE].used_pages == 3, "the old state went for the new block"
+    large = rig.engine("large", state_bytes=6 * PAGE_BYTES)
+    assert rig.reserve(large, ALICE, "a", in_state=True).refusal is Refusal.OVER_LIMIT
+
+
+def test_a_state_of_another_size_is_not_ours() -> None:
+    rig = Rig()
+    engine, other = rig.engine(state_bytes=STATE_BYTES), rig.engine("other", state_bytes=PAGE_BYTES)
+    rig.store(engine, ALICE, "a", in_state=True)
+    assert rig.lookup(other, ALICE, "a", in_state=True) == 0
+    assert rig.reserve(other, ALICE, "a", in_state=True).refusal is Refusal.NO_PARENT
+
+
+def test_another_users_state_is_not_found() -> None:
+    rig = Rig(pages=20)
+    engine = rig.engine(state_bytes=STATE_BYTES)
+    rig.store(engine, ALICE, "a", in_state=True)
+    rig.store(engine, BOB, "a")
+    assert rig.lookup(engine, BOB, "a", in_state=True) == 0
+
+
+def test_a_state_of_another_block_is_not_ours() -> None:
+    rig = Rig(pages=20)
+    engine = rig.engine(state_bytes=STATE_BYTES)
+    rig.store(engine, ALICE, "ab", in_state=True)
+    rig.say(engine, Lookup(1, ALICE, keys("a"), states("ab")[1:]))
+    assert rig.sent(LookedUp, engine) == [LookedUp(1, ready=0)]
+
+
+def test_a_block_is_no_state_and_a_state_no_block() -> None:
+    rig = Rig(pages=20)
+    engine = rig.engine(state_bytes=STATE_BYTES)
+    rig.store(engine, ALICE, "ab", in_state=True)
+    a, b = keys("ab")
+    (_, ab) = states("ab")
+    rig.say(engine, Acquire(1, ALICE, (a,), 0, (b,)))
+    assert rig.sent(Acquired, engine)[0].ready == 0
+    rig.say(engine, Acquire(1, ALICE, (a, b, ab), 0))
+    assert rig.sent(Acquired, engine)[0].ready == 2
+    for chain, ends_in_state in (((a, b), True), ((a, b, ab), False), ((a, b, ab, a), False), ((a, b, ab, ab), True)):
+        rig.say(engine, Reserve(1, ALICE, chain, 0, rig.now, ends_in_state))
+        assert rig.sent(Reserved, engine)[0].refusal is Refusal.NO_PARENT
+
+
+def test_what_continues_a_state_goes_before_it() -> None:
+    """No engine continues a state; one that does, where a state is as long as a block, has a block like any other."""
+    rig = Rig(pages=4)
+    engine = rig.engine(state_bytes=PAGE_BYTES)
+    rig.store(engine, ALICE, "a", in_state=True)
+    (a,), (after_a,) = keys("a"), states("a")
+    below = keys("x") + states("x")
+    rig.say(engine, Reserve(1, ALICE, (a, after_a, *below), 0, rig.now, True))
+    rig.say(engine, Commit(rig.sent(Reserved, engine)[0].lease))
+    found = rig.acquire(engine, ALICE, "a", in_state=True)
+    rig.say(engine, Release(found.lease))
+    for user, left in ((BOB, (a, after_a, below[0])), (CAROL, (a, after_a))):
+        rig.store(engine, user, "y")
+        assert tuple(rig.cache.default_tenant.user_by_id[ALICE].block_by_key) == left
+    rig.say(engine, Discard(ALICE, a))
+    assert ALICE not in rig.cache.default_tenant.user_by_id
+
+
+@pytest.mark.parametrize(
+    ("state_bytes", "message", "reason"),
+    [
+        (0, Lookup(1, ALICE, keys("a"), states("a")), "model has no states"),
+        (0, Acquire(1, ALICE, keys("a"), 0, states("a")), "model has no states"),
+        (0, Reserve(1, ALICE, keys("ab"), 0, 0.0, True), "model has no states"),
+        (STATE_BYTES, Lookup(1, ALICE, keys("ab"), states("a")), "1 states were asked for with 2 blocks"),
+        (STATE_BYTES, Acquire(1, ALICE, keys("a"), 0, states("ab")), "2 states were asked for with 1 blocks"),
+        (STATE_BYTES, Acquire(1, ALICE, (), 0, states("a")), "1 states were asked for with 0 blocks"),
+        (STATE_BYTES, Reserve(1, ALICE, states("a"), 0, 0.0, True), "a state at the end of no block"),
+        (STATE_BYTES, Reserve(1, ALICE, (), 0, 0.0, True), "a state at the end of no block"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_states_that_cannot_be_meant_close_the_connection(state_bytes: int, message: Request, reason: str) -> None:
+    rig = Rig()
+    engine = rig.engine(state_bytes=state_bytes)
+    rig.store(engine, ALICE, "a")
+    rig.say(engine, message)
+    assert [close.connection for close in rig.closed] == [engine]
+    assert reason in rig.closed[0].reason
+    assert (rig.used_pages, rig.cache.snapshot().tenants[0].counts.acquires) == (1, 0)
+
+
+def test_a_snapshot_counts_states_as_blocks_and_hits_without_them() -> None:
+    rig = Rig()
+    engine = rig.engine(state_bytes=STATE_BYTES)
+    rig.store(engine, ALICE, "ab", in_state=True)
+    rig.acquire(engine, ALICE, "abc", in_state=True)
+    arena, (tenant,) = rig.cache.snapshot().arena, rig.cache.snapshot().tenants
+    assert (arena.blocks, arena.pinned_blocks, arena.used_bytes) == (3, 3, 5 * PAGE_BYTES)
+    assert (tenant.counts.stored, tenant.counts.hit_blocks, tenant.counts.missed_blocks) == (3, 2, 1)
+
+
 # What is told
 
 
@@ -773,7 +996,7 @@ def test_a_block_shows_what_it_is() -> None:
     rig = Rig()
     engine = rig.engine()
     rig.reserve(engine, ALICE, "a")
-    (block,) = rig.cache.tenant.user_by_id[ALICE].block_by_key.values()
+    (block,) = rig.cache.default_tenant.user_by_id[ALICE].block_by_key.values()
     assert repr(block) == f"<Block {block.key.hex()[:8]} depth=0 writing pins=1>"
 
 
@@ -811,7 +1034,7 @@ def test_a_hit_touches_no_heap() -> None:
     rig = Rig(pages=100)
     engine = rig.engine()
     rig.store(engine, ALICE, "abc")
-    order = rig.cache.tenant.user_by_id[ALICE].order
+    order = rig.cache.default_tenant.user_by_id[ALICE].order
     pushes = order._pushes
     for _ in range(100):
         held = rig.acquire(engine, ALICE, "abc")

@@ -15,6 +15,7 @@ from saltern.core.keys import (
     frame,
     namespace_content,
     next_content,
+    state_key,
     unsigned_user_key,
     user_id,
 )
@@ -110,6 +111,15 @@ def test_what_travels_does_not_hold_the_user_key() -> None:
     assert key[:8] not in bytes(block_key(key, namespace_content(b"model")) + user_id(key))
 
 
+@given(blocks_of_a_prompt, blocks_of_a_prompt, st.text(max_size=3), st.text(max_size=3))
+def test_a_state_is_named_like_nothing_else(blocks: Blocks, other_blocks: Blocks, salt: str, other_salt: str) -> None:
+    content, other_content = chain(b"model", blocks), chain(b"model", other_blocks)
+    user, other_user = unsigned_user_key(SECRET, salt), unsigned_user_key(SECRET, other_salt)
+    equal = (blocks, salt) == (other_blocks, other_salt)
+    assert (state_key(user, content) == state_key(other_user, other_content)) == equal
+    assert state_key(user, content) != block_key(other_user, other_content)
+
+
 def test_purposes_are_told_apart() -> None:
     assert digest(b"one", [b"field"]) != digest(b"other", [b"field"])
     assert digest(b"one", [b"field"], key=SECRET) != digest(b"one", [b"field"])
@@ -130,6 +140,7 @@ def test_keys_do_not_change_by_accident() -> None:
         "user id": user_id(user).hex(),
         "nobody": user_id(unsigned_user_key(SECRET, "")).hex(),
         "key": key.hex(),
+        "state": state_key(user, second).hex(),
     } == GOLDEN
 
 
@@ -141,4 +152,5 @@ GOLDEN = {
     "user id": "0e2ecc2639920d51255a39c32fcc0caf",
     "nobody": "d69fdc8f0cda6975e4de2f9ca2727a52",
     "key": "463f8cf3c60e9795906cff943d474aedfa68cf27da5bf38f4d35eb8aa461869c",
+    "state": "ab4ce480c1b58c4e64f012492ef3ec8bc9fd0747e458ec1af8fa51265261fccc",
 }

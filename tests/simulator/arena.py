@@ -1,34 +1,43 @@
 """The arena of a simulation: a model of what every byte holds, and of who is touching it.
 
-A cell stands for one byte and holds (user, key, offset within the block), so a byte tells whose it is, and
-a torn, stale or misplaced write is seen as such. Rank r of W workers holds `[r, r + 1) · length / W` of a block.
+A cell stands for `CELL_BYTES` bytes and holds (user, key, offset within the block, when the request began that wrote
+it), so it tells whose it is, and a torn, stale or misplaced write is seen as such. Rank r of W workers holds
+`[r, r + 1) · length / W` of a block.
 """
+
+from collections.abc import Iterable
 
 from saltern.core.extents import Extent
 from saltern.core.keys import Key, UserId
 from tests.simulator.claims import Invariant, violated
+from tests.simulator.erasures import Erasures
 
-Cell = tuple[UserId, Key, int]
+CELL_BYTES = 1024
+"""Some cells make a page of the slab, and some a page of the arena."""
+
+Cell = tuple[UserId, Key, int, float]
 
 
 class Arena:
     """The bytes of one server's life; workers may map it longer than that."""
 
-    def __init__(self, *, pages: int, page_bytes: int) -> None:
-        self._page_bytes = page_bytes
-        self._cells: list[Cell | None] = [None] * (pages * page_bytes)
+    def __init__(self, *, pages: int, page_bytes: int, erasures: Erasures) -> None:
+        self._page_cells = page_bytes // CELL_BYTES
+        self._erasures = erasures
+        self._cells: list[Cell | None] = [None] * (pages * self._page_cells)
         self._readers = [0] * len(self._cells)
         self._writers = [0] * len(self._cells)
         self._touched: set[int] = set()
         self._length_by_key: dict[Key, int] = {}
 
-    def cells(self, extent: Extent, length: int) -> list[int]:
-        """Return where the bytes of a block lie, in logical order."""
-        size = self._page_bytes
-        return [cell for run in extent for cell in range(run.start * size, (run.start + run.count) * size)][:length]
+    def cells(self, extent: Extent, length: int | None = None) -> list[int]:
+        """Return where the bytes of a block lie, in logical order; without `length` the slack of its last page too."""
+        size = self._page_cells
+        cells = [cell for run in extent for cell in range(run.start * size, (run.start + run.count) * size)]
+        return cells if length is None else cells[: length // CELL_BYTES]
 
     def begin(self, cells: list[int], *, is_write: bool) -> None:
-        """A worker begins to touch cells."""
+        """Somebody begins to touch cells: a worker, or the server for its disk."""
         for cell in cells:
             if self._writers[cell] or (is_write and self._readers[cell]):
                 violated(Invariant.QUIET, f"cell {cell}, holding {self._cells[cell]}, is touched by two at once")
@@ -37,7 +46,7 @@ class Arena:
             self._touched.add(cell)
 
     def end(self, cells: list[int], *, is_write: bool) -> None:
-        """A worker has stopped touching cells, or is dead."""
+        """Whoever touched cells has stopped, or is dead."""
         count_by_cell = self._writers if is_write else self._readers
         for cell in cells:
             count_by_cell[cell] -= 1
@@ -46,22 +55,32 @@ class Arena:
 
     def touched_pages(self) -> set[int]:
         """Return the pages that somebody is touching."""
-        return {cell // self._page_bytes for cell in self._touched}
+        return {cell // self._page_cells for cell in self._touched}
 
-    def write(self, cells: list[int], user: UserId, key: Key, offset: int) -> None:
+    def write(self, cells: list[int], user: UserId, key: Key, offset: int, began_at: float) -> None:
         """Write a piece of a block from `offset` on."""
         for position, cell in enumerate(cells):
-            self._cells[cell] = (user, key, offset + position)
+            self._cells[cell] = (user, key, offset + position, began_at)
+
+    def fill(self, cells: list[int], content: Iterable[Cell | None]) -> None:
+        """Have cells hold what a record held."""
+        for cell, held in zip(cells, content, strict=True):
+            self._cells[cell] = held
+
+    def held(self, cells: list[int]) -> tuple[Cell | None, ...]:
+        """Return what cells hold."""
+        return tuple(self._cells[cell] for cell in cells)
 
     def check_read(self, cells: list[int], user: UserId, key: Key, offset: int) -> None:
-        """Check a piece of a block as a worker copies it."""
+        """Check a piece of a block as it is copied."""
         for position, cell in enumerate(cells):
-            if self._cells[cell] != (user, key, offset + position):
-                violated(Invariant.BYTES, f"byte {offset + position} of {key.hex()[:8]} is {self._cells[cell]}")
+            held = self._cells[cell]
+            if held is None or held[:3] != (user, key, offset + position):
+                violated(Invariant.BYTES, f"byte {offset + position} of {key.hex()[:8]} is {held}")
 
     def check_quiet(self, extent: Extent) -> None:
         """Check that nobody touches what is being granted, the slack of the last page included."""
-        for cell in self.cells(extent, len(self._cells)):
+        for cell in self.cells(extent):
             if self._writers[cell] or self._readers[cell]:
                 violated(Invariant.QUIET, f"cell {cell}, holding {self._cells[cell]}, is granted while in use")
 
@@ -71,9 +90,37 @@ class Arena:
 
     def check_content(self, user: UserId, key: Key, extent: Extent) -> None:
         """Check all bytes of a block as it is served."""
-        cells = self.cells(extent, self._length_by_key.get(key, 0))
-        held = [self._cells[cell] for cell in cells]
-        if not held or held != [(user, key, offset) for offset in range(len(held))]:
+        held = self.held(self.cells(extent, self._length_by_key.get(key, 0)))
+        began_at = held[0][3] if held and held[0] is not None else 0.0
+        if not held or list(held) != [(user, key, offset, began_at) for offset in range(len(held))]:
             foreign = next((cell for cell in held if cell is not None and cell[:2] != (user, key)), None)
             wrong = Invariant.BYTES if foreign is not None else Invariant.UNFINISHED
             violated(wrong, f"{key.hex()[:8]} of {user.hex()} was served from {extent}, which holds {held}")
+        if self._erasures.reaches(user, began_at):
+            violated(Invariant.ERASED, f"{key.hex()[:8]} of {user.hex()}, begun at {began_at}, was served")
+
+    # What is erased
+
+    def wipe(self, extent: Extent) -> None:
+        """Overwrite whole pages."""
+        self.check_quiet(extent)
+        for cell in self.cells(extent):
+            self._cells[cell] = None
+
+    def forget_leftovers(self, kept: set[int]) -> None:
+        """Forget what is erased and lies outside of pages `kept`: given back before, and nothing is promised of it."""
+        for cell in self._erased_cells():
+            if cell // self._page_cells not in kept:
+                self._cells[cell] = None
+
+    def check_wiped(self, kept: set[int]) -> None:
+        """Check that erased bytes lie only in pages `kept`, those of blocks that erased users still have."""
+        for cell in self._erased_cells():
+            if cell // self._page_cells not in kept:
+                violated(Invariant.WIPED, f"cell {cell} holds {self._cells[cell]}, which is erased, for somebody else")
+
+    def _erased_cells(self) -> list[int]:
+        if not self._erasures:
+            return []
+        reaches = self._erasures.reaches
+        return [number for number, cell in enumerate(self._cells) if cell is not None and reaches(cell[0], cell[3])]

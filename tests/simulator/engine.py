@@ -1,22 +1,25 @@
 """An engine of a simulation: a scheduler and its workers, which behave as the connector does.
 
-    ask      Lookup? → Acquire → read → Release (and Discard, if a block was bad) → Reserve → write → Commit | Abort
+    ask      Lookup? → Acquire (→ Loading …) → read → Release (and Discard, if a block was bad) → Reserve → write → end
+    end      Commit | Abort
     worker   WorkerHello → Welcome → Attached → copies … SessionEnded → drains → closes → WorkerHello
 
-An ask may be given up at any time; what is answered later is released or aborted at once. A lease is given
+An ask may be given up at any time, and one that waits for the disk goes on without it when its patience ends; what is
+answered later is released or aborted at once. A lease is given
 back only when every worker has reported; a lost worker's report never comes, and then the lease falls with
 the session. Workers copy only for the incarnation that they are attached to.
 """
 
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import count
 from math import inf, nan
 from typing import Protocol
 
 from saltern.core.extents import Extent
-from saltern.core.keys import Content, Key, UserId, UserKey, block_key, namespace_content, next_content
+from saltern.core.keys import Content, Key, UserId, UserKey, block_key, namespace_content, next_content, state_key
 from saltern.core.messages import (
     Abort,
     Acquire,
@@ -25,6 +28,7 @@ from saltern.core.messages import (
     Commit,
     Discard,
     LeaseId,
+    Loading,
     LookedUp,
     Lookup,
     Refused,
@@ -38,7 +42,7 @@ from saltern.core.messages import (
     Welcome,
     WorkerHello,
 )
-from tests.simulator.arena import Arena
+from tests.simulator.arena import CELL_BYTES, Arena
 from tests.simulator.claims import Invariant, violated
 from tests.simulator.server import Process, Server
 from tests.simulator.world import Link, World
@@ -46,16 +50,22 @@ from tests.simulator.world import Link, World
 
 @dataclass(frozen=True)
 class Namespace:
-    """One model and layout; engines of the same namespace share blocks."""
+    """One model and layout; engines of the same namespace share blocks, and states if the model has any."""
 
     name: bytes
     world_size: int
     shard_bytes: int
+    state_shard_bytes: int = 0
 
     @property
     def block_bytes(self) -> int:
         """Return the size of a block with the shards of all ranks."""
         return self.world_size * self.shard_bytes
+
+    @property
+    def state_bytes(self) -> int:
+        """Return the size of a state with the shards of all ranks, 0 for a model without."""
+        return self.world_size * self.state_shard_bytes
 
 
 @dataclass(frozen=True)
@@ -64,15 +74,24 @@ class User:
 
     id: UserId
     key: UserKey
+    tenant: str
 
     def keys(self, namespace: Namespace, prompt: tuple[int, ...]) -> tuple[Key, ...]:
         """Name the blocks of a prompt, one token a block."""
-        content: Content = namespace_content(namespace.name)
-        keys = []
-        for token in prompt:
-            content = next_content(content, token.to_bytes(4, "little"))
-            keys.append(block_key(self.key, content))
-        return tuple(keys)
+        return tuple(block_key(self.key, content) for content in _contents(namespace, prompt))
+
+    def states(self, namespace: Namespace, prompt: tuple[int, ...]) -> tuple[Key, ...]:
+        """Name the states after the blocks of a prompt, of a model that has any."""
+        if not namespace.state_bytes:
+            return ()
+        return tuple(state_key(self.key, content) for content in _contents(namespace, prompt))
+
+
+def _contents(namespace: Namespace, prompt: tuple[int, ...]) -> Iterator[Content]:
+    content = namespace_content(namespace.name)
+    for token in prompt:
+        content = next_content(content, token.to_bytes(4, "little"))
+        yield content
 
 
 class Site(Protocol):
@@ -82,11 +101,15 @@ class Site(Protocol):
     server: Server | None
     users: list[User]
     is_calm: bool
+    block_seconds: float
     copy_delay: float
     retry_delay: float
     failure_rate: float
     give_up_rate: float
     prompts: list[tuple[int, ...]]
+
+    def server_time(self, time: float) -> float:
+        """Return what a time is by the clock of the server, if it is up."""
 
     def is_rival_alive(self, engine: "Engine") -> bool:
         """Return whether another living engine goes by the same name."""
@@ -102,17 +125,25 @@ class Ask:
     number: int
     user: User
     keys: tuple[Key, ...]
+    states: tuple[Key, ...]
     start: int
+    began_at: float  # by the world's clock
     is_given_up: bool = False
-    acquired_at: float = 0.0
+    acquired_at: float = inf  # until the server has named a time
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One block of an operation."""
+    """One block, or state, of an operation."""
 
     key: Key
     extent: Extent
+    length: int  # bytes, with the shards of all ranks
+
+    def shard(self, rank: int, world_size: int) -> range:
+        """Return which of its cells a rank holds."""
+        size = self.length // world_size // CELL_BYTES
+        return range(rank * size, (rank + 1) * size)
 
 
 @dataclass(eq=False)
@@ -249,11 +280,10 @@ class Copy:
         self._arena = arena
         self._position = 0
         self._is_half_done = False
-        namespace = worker.engine.namespace
-        self._offset = worker.rank * namespace.shard_bytes
-        end = self._offset + namespace.shard_bytes
+        self._shards = [piece.shard(worker.rank, len(worker.engine.workers)) for piece in operation.pieces]
         self._cells = [
-            arena.cells(piece.extent, namespace.block_bytes)[self._offset : end] for piece in operation.pieces
+            arena.cells(piece.extent, piece.length)[shard.start : shard.stop]
+            for piece, shard in zip(operation.pieces, self._shards, strict=True)
         ]
         for cells in self._cells:
             arena.begin(cells, is_write=operation.is_write)
@@ -265,12 +295,14 @@ class Copy:
             return
         site = worker.engine.site
         piece, cells = self.operation.pieces[self._position], self._cells[self._position]
+        first = self._shards[self._position].start
         if self.operation.is_write:
             half = len(cells) // 2
             done, offset = (cells[half:], half) if self._is_half_done else (cells[:half], 0)
-            self._arena.write(done, self.operation.ask.user.id, piece.key, self._offset + offset)
+            ask = self.operation.ask
+            self._arena.write(done, ask.user.id, piece.key, first + offset, ask.began_at)
         else:
-            self._arena.check_read(cells, self.operation.ask.user.id, piece.key, self._offset)
+            self._arena.check_read(cells, self.operation.ask.user.id, piece.key, first)
         if site.world.chance(site.failure_rate):
             self.stop()
             worker.finished(self, ok=False)
@@ -303,7 +335,8 @@ class Engine:
         self.link: Link | None = None
         self.incarnation = b""
         self.is_attached = False
-        self.pending: deque[tuple[type[Reply], Ask | None]] = deque()  # what awaits an answer, in order
+        self.pending: deque[tuple[type[Reply], Request, Ask | None]] = deque()  # what awaits an answer, in order
+        self.awaited: dict[int, Ask] = {}  # by number: what is on its way from the disk
         self.operations: list[Operation] = []
         self.workers = [Worker(self, rank, outlives_socket=outlives_socket) for rank in range(namespace.world_size)]
         self._is_frozen = False
@@ -327,7 +360,7 @@ class Engine:
             return
         self.link = self.site.server.connect(self)
         self.incarnation = self.site.world.random.randbytes(16)
-        self.pending.append((Welcome, None))
+        self.pending.append((Welcome, self.hello(), None))
         self.link.to_server.send(self.hello())
 
     def hello(self) -> SchedulerHello:
@@ -337,6 +370,8 @@ class Engine:
             incarnation=self.incarnation,
             workers=tuple(worker.name for worker in self.workers),
             block_bytes=self.namespace.block_bytes,
+            state_bytes=self.namespace.state_bytes,
+            root=namespace_content(self.namespace.name),
         )
 
     def receive(self, link: Link, message: Reply) -> None:
@@ -351,7 +386,8 @@ class Engine:
                 self.site.world.after(self.site.retry_delay, lambda: self.leave(link))
             case Refused():  # the hello, or what was sent before it was read that the hello was refused
                 self.pending.clear()
-            case Welcome() | LookedUp() | Acquired() | Reserved():
+                self.awaited.clear()
+            case Welcome() | LookedUp() | Loading() | Acquired() | Reserved():
                 self._answered(message)
             case _:
                 violated(Invariant.ANSWERS, f"a scheduler received {message}")
@@ -371,6 +407,7 @@ class Engine:
         self.link = None
         self.is_attached = False
         self.pending.clear()
+        self.awaited.clear()
         self.operations.clear()
         self.site.world.after(self.site.retry_delay, self.connect)
 
@@ -379,7 +416,7 @@ class Engine:
             self.link.to_server.send(message)
 
     def _ask(self, message: Request, kind: type[Reply], ask: Ask) -> None:
-        self.pending.append((kind, ask))
+        self.pending.append((kind, message, ask))
         self._send(message)
 
     # Requests
@@ -391,13 +428,16 @@ class Engine:
             return
         user = random.choice(self.site.users)
         prompt = random.choice(self.site.prompts)
-        keys = user.keys(self.namespace, prompt[: random.randint(1, len(prompt))])
+        prompt = prompt[: random.randint(1, len(prompt))]
+        keys = user.keys(self.namespace, prompt)
+        states = () if random.random() < 0.1 else user.states(self.namespace, prompt)
         start = random.choice((0, 0, random.randint(0, len(keys))))
-        ask = Ask(next(self._numbers), user, keys, start)
+        ask = Ask(next(self._numbers), user, keys, states, start, began_at=self.site.world.now)
         if self.site.world.chance(self.site.give_up_rate):
             self.site.world.after(10.0, lambda: self.give_up(ask))
         if random.random() < 0.5:
-            self._ask(Lookup(ask.number, user.id, keys), LookedUp, ask)
+            lookup = Lookup(ask.number, user.id, keys, states, user.tenant, block_seconds=self.site.block_seconds)
+            self._ask(lookup, LookedUp, ask)
         else:
             self._acquire(ask)
 
@@ -406,29 +446,62 @@ class Engine:
         ask.is_given_up = True
 
     def _acquire(self, ask: Ask) -> None:
-        self._ask(Acquire(ask.number, ask.user.id, ask.keys, ask.start), Acquired, ask)
+        user, seconds = ask.user, self.site.block_seconds
+        acquire = Acquire(ask.number, user.id, ask.keys, ask.start, ask.states, user.tenant, block_seconds=seconds)
+        self._ask(acquire, Acquired, ask)
 
     def _reserve(self, ask: Ask, start: int) -> None:
-        if self.link is not None and not ask.is_given_up:
-            self._ask(Reserve(ask.number, ask.user.id, ask.keys, start, ask.acquired_at), Reserved, ask)
+        """Reserve all blocks, or up to where a step of the model ended, with the state or for the state alone."""
+        if self.link is None or ask.is_given_up:
+            return
+        random = self.site.world.random
+        keys, ends_in_state = ask.keys, bool(ask.states) and random.random() < 0.8
+        if ends_in_state:
+            end = random.choice((len(keys), random.randint(1, len(keys))))
+            keys = keys[:end] + ask.states[end - 1 : end]
+            start = random.choice((start, start, end))
+        message = Reserve(
+            ask.number,
+            ask.user.id,
+            keys,
+            start,
+            ask.acquired_at,
+            ends_in_state,
+            ask.user.tenant,
+            began_at=0.0 if self.site.world.chance(0.02) else self.site.server_time(ask.began_at),
+        )
+        self._ask(message, Reserved, ask)
 
     def _answered(self, message: Reply) -> None:
+        if isinstance(message, Acquired) and (late := self.awaited.pop(message.request, None)) is not None:
+            self._acquired(late, message)
+            return
         if not self.pending:
             violated(Invariant.ANSWERS, f"nobody asked for {message}")
-        kind, ask = self.pending.popleft()
-        if type(message) is not kind:
+        kind, asked, ask = self.pending.popleft()
+        if type(message) is not (Loading if isinstance(asked, Acquire) and isinstance(message, Loading) else kind):
             violated(Invariant.ANSWERS, f"{message} came for a {kind.__name__}")
-        if isinstance(message, LookedUp | Acquired | Reserved) and ask is not None:
+        if isinstance(message, LookedUp | Loading | Acquired | Reserved) and ask is not None:
             if message.request != ask.number:
                 violated(Invariant.ANSWERS, f"{message} came for {ask}")
             match message:
+                case Loading():
+                    self.awaited[ask.number] = ask
+                    if self.site.world.chance(0.3):
+                        self.site.world.after(5.0, lambda: self._lose_patience(ask))
                 case LookedUp():
                     if not ask.is_given_up:
                         self._acquire(ask)
                 case Acquired():
                     self._acquired(ask, message)
-                case Reserved():
-                    self._reserved(ask, message)
+                case Reserved() if isinstance(asked, Reserve):
+                    self._reserved(ask, asked, message)
+
+    def _lose_patience(self, ask: Ask) -> None:
+        """Go on without what still hasn't come from the disk."""
+        if self.awaited.get(ask.number) is ask:
+            self.awaited[ask.number] = replace(ask, is_given_up=True)
+            self._reserve(ask, 0)
 
     def _acquired(self, ask: Ask, answer: Acquired) -> None:
         random = self.site.world.random
@@ -437,20 +510,25 @@ class Engine:
         if answer.lease and (ask.is_given_up or random.random() < 0.1):
             self._send(Release(answer.lease))  # never became a load
         elif answer.lease:
-            keys = ask.keys[ask.start : answer.ready]
-            pieces = [Piece(key, extent) for key, extent in zip(keys, answer.extents, strict=True)]
+            keys = ask.keys[ask.start : answer.ready] + ask.states[answer.ready - 1 : answer.ready]
+            pieces = [self._piece(ask, key, extent) for key, extent in zip(keys, answer.extents, strict=True)]
             self._start(Operation(ask, self.incarnation, answer.lease, is_write=False, pieces=pieces))
-        start = random.choice((0, 0, 0, min(answer.ready, len(ask.keys)), random.randint(0, len(ask.keys))))
-        self.site.world.after(random.choice((1.0, 20.0)), lambda: self._reserve(ask, start))
+        for _ in range(2 if ask.states else 1):  # states come to be in one step after the other
+            start = random.choice((0, 0, 0, min(answer.ready, len(ask.keys)), random.randint(0, len(ask.keys))))
+            self.site.world.after(random.choice((1.0, 20.0)), partial(self._reserve, ask, start))
 
-    def _reserved(self, ask: Ask, answer: Reserved) -> None:
+    def _reserved(self, ask: Ask, asked: Reserve, answer: Reserved) -> None:
         if not answer.lease:
             return
         if ask.is_given_up:
             self._send(Abort(answer.lease))  # nothing was written yet
             return
-        pieces = [Piece(ask.keys[grant.index], grant.extent) for grant in answer.grants]
+        pieces = [self._piece(ask, asked.keys[grant.index], grant.extent) for grant in answer.grants]
         self._start(Operation(ask, self.incarnation, answer.lease, is_write=True, pieces=pieces))
+
+    def _piece(self, ask: Ask, key: Key, extent: Extent) -> Piece:
+        is_state = key in ask.states
+        return Piece(key, extent, self.namespace.state_bytes if is_state else self.namespace.block_bytes)
 
     # Operations
 
@@ -482,7 +560,7 @@ class Engine:
             return
         if not ok:
             bad = self.site.world.random.choice(operation.pieces)
-            self._send(Discard(operation.ask.user.id, bad.key))
+            self._send(Discard(operation.ask.user.id, bad.key, operation.ask.user.tenant))
         self._send(Release(operation.lease))
 
     # Faults

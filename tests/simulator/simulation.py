@@ -3,10 +3,15 @@
 from dataclasses import dataclass
 from random import Random
 
-from saltern.core.keys import UserKey, unsigned_user_key, user_id
-from saltern.core.messages import Abort, Commit, Release
+from msgspec.structs import replace
+
+from saltern.core.disk import DISK_PAGE_BYTES
+from saltern.core.keys import KEY_BYTES, Key, UserKey, unsigned_user_key, user_id
+from saltern.core.messages import DEFAULT_TENANT, Abort, Acquire, Commit, Lookup, Release, Reserve
 from saltern.core.tenants import Limits
+from tests.simulator.arena import CELL_BYTES
 from tests.simulator.claims import Invariant, violated
+from tests.simulator.disk import Platter
 from tests.simulator.engine import Engine, Namespace, User
 from tests.simulator.server import Operator, Process, Server
 from tests.simulator.world import World
@@ -21,7 +26,8 @@ class Habits:
 
     pages: int
     page_bytes: int
-    limits: Limits
+    tenants: dict[str, Limits]
+    in_flight_max_bytes: int | None
     request_delay: float
     message_delay: float
     copy_delay: float
@@ -30,28 +36,41 @@ class Habits:
     fault_delay: float | None
     fault_weights: tuple[float, ...]
     users_share_keys: bool
+    tick_delay: float
+    disk_pages: int
+    disk_tenants: dict[str, Limits]
+    disk_in_flight_max: int
+    disk_delay: float
+    disk_failure_rate: float
+    block_seconds: float
 
     @classmethod
     def draw(cls, random: Random) -> "Habits":
         """Draw the habits of a run."""
-        pages = random.choice((4, 6, 12, 24, 40))
-        page_bytes = random.choice((2, 3, 4))
-        arena = pages * page_bytes
+        pages = random.choice((4, 6, 12, 24, 40, 64))
+        page_bytes = random.choice((2, 3, 4)) * CELL_BYTES
+        disk_pages = random.choice((0, 4, 16, 40, 80, 80))
+        tenants = _tenants(random, pages, page_bytes)
         return cls(
             pages=pages,
             page_bytes=page_bytes,
-            limits=Limits(
-                limit_bytes=random.choice((None, random.randint(arena // 3, 2 * arena))),
-                user_limit_bytes=random.choice((None, random.randint(arena // 6, arena))),
-            ),
+            tenants=tenants,
+            in_flight_max_bytes=random.choice((None, None, None, None, -(-pages // 8) * page_bytes)),
             request_delay=random.choice((2.0, 4.0, 8.0)),
             message_delay=random.choice((0.2, 1.0, 5.0)),
             copy_delay=random.choice((0.5, 2.0, 6.0)),
             failure_rate=random.choice((0.0, 0.0, 0.02, 0.1)),
             give_up_rate=random.choice((0.0, 0.1, 0.4)),
-            fault_delay=random.choice((None, 100.0, 40.0, 20.0)),
-            fault_weights=tuple(random.choice((0.0, 1.0, 4.0)) for _ in range(9)),
+            fault_delay=random.choice((None, 80.0, 40.0, 15.0)),
+            fault_weights=tuple(random.choice((0.0, 1.0, 4.0)) for _ in range(12)),
             users_share_keys=random.random() < 0.5,
+            tick_delay=random.choice((0.0, 1.0, 20.0)),
+            disk_pages=disk_pages,
+            disk_tenants=_disk_tenants(random, disk_pages, tenants),
+            disk_in_flight_max=random.choice((1, 2, 4, 8)),
+            disk_delay=random.choice((0.5, 2.0, 6.0)),
+            disk_failure_rate=random.choice((0.0, 0.05, 0.3)),
+            block_seconds=random.choice((0.0, 0.0, 2.0)),
         )
 
 
@@ -66,16 +85,15 @@ class Simulation:
         self.copy_delay = habits.copy_delay
         self.failure_rate = habits.failure_rate
         self.give_up_rate = habits.give_up_rate
+        self.block_seconds = habits.block_seconds
         self.retry_delay = random.choice((2.0, 10.0))
         self.is_calm = False
         self._is_over = False
-        self.users = [self._user(number) for number in range(random.randint(1, 4))]
+        self.users = [self._user(number) for number in range(random.randint(1, 5))]
         self.prompts = _prompts(random)
-        self.namespaces = [
-            Namespace(b"model %d" % number, world_size=random.randint(1, 3), shard_bytes=random.randint(2, 5))
-            for number in range(random.randint(1, 2))
-        ]
-        self.server: Server | None = self._new_server()
+        self.namespaces = [_namespace(random, number) for number in range(random.randint(1, 2))]
+        self._platter = Platter(habits.disk_pages) if habits.disk_pages else None
+        self.server: Server | None = self._new_server(habits.disk_pages)
         self._servers = [self.server]
         self._names = 0
         self.engines: list[Engine] = []
@@ -84,6 +102,11 @@ class Simulation:
         self.world.after(habits.request_delay, self._next_request)
         if habits.fault_delay is not None:
             self.world.after(habits.fault_delay, self._next_fault)
+
+    @property
+    def hits_alone(self) -> int:
+        """Return how many blocks the private caches found that every tenant was compared with."""
+        return sum(server.checker.witness.hits for server in self._servers)
 
     @property
     def events(self) -> int:
@@ -105,7 +128,12 @@ class Simulation:
                 self.world.random.choice((engine.stop, engine.die_at_once))()
         self._rest()
         assert self.server is not None, "the server comes back"
+        self.server.checker.witness.verify()
         self.server.checker.check_drained()
+
+    def server_time(self, time: float) -> float:
+        """Return what a time is by the clock of the server, if it is up."""
+        return time if self.server is None else self.server.time(time)
 
     def is_rival_alive(self, engine: Engine) -> bool:
         """Return whether another living engine goes by the same name."""
@@ -124,8 +152,8 @@ class Simulation:
         assert self.server is not None, "the server is up when it is calm"
         self.server.checker.check_calm()
         for engine in self.engines:
-            if engine.pending:
-                violated(Invariant.WAITS, f"{engine.name} waits for {engine.pending} for ever")
+            if engine.pending or engine.awaited:
+                violated(Invariant.WAITS, f"{engine.name} waits for {engine.pending or engine.awaited} for ever")
             if engine.is_alive and not engine.is_attached and not self.is_rival_alive(engine):
                 violated(Invariant.WAITS, f"{engine.name} waits for its session for ever")
 
@@ -135,7 +163,8 @@ class Simulation:
         own = unsigned_user_key(b"naming secret of the simulation", f"user {number}")
         shared = unsigned_user_key(b"naming secret of the simulation", "everybody")
         key: UserKey = shared if self.habits.users_share_keys else own
-        return User(id=user_id(own), key=key)
+        tenants = (DEFAULT_TENANT, "acme", "unknown", *self.habits.tenants)
+        return User(id=user_id(own), key=key, tenant=self.world.random.choice(tenants))
 
     def _start_engine(self, name: str | None = None, namespace: Namespace | None = None) -> None:
         self._names += 1
@@ -152,6 +181,10 @@ class Simulation:
             self.world.random.choice(self.engines).begin_request()
             if self.server is not None and self.world.chance(0.02):
                 Operator(self.server, self.habits.page_bytes)
+            if self.server is not None and self.world.chance(0.1):
+                self.server.note_touched()
+            if self.habits.fault_delay is not None and self.world.chance(0.01):
+                self._change_a_tenant()
             self.world.after(self.habits.request_delay, self._next_request)
 
     # Faults
@@ -169,6 +202,9 @@ class Simulation:
             self._freeze,
             self._duplicate,
             self._misbehave,
+            self._change_a_tenant,
+            self._erase,
+            self._stall_the_disk,
         )
         if any(self.habits.fault_weights):
             (fault,) = self.world.random.choices(faults, self.habits.fault_weights)
@@ -227,34 +263,141 @@ class Simulation:
         """Ask for what the protocol doesn't allow; the price is the session."""
         engine = self._pick()
         if engine.link is not None and not engine.is_stopping:
-            violations = (Release(10_000_000), Commit(0), Abort(10_000_000), engine.hello())
+            user, key = self.users[0].id, Key(bytes(KEY_BYTES))
+            violations = (
+                Release(10_000_000),
+                Commit(0),
+                Abort(10_000_000),
+                engine.hello(),
+                Lookup(0, user, (), (key,)),
+                Acquire(0, user, (key,), 0, (key, key)),
+                Reserve(0, user, (key,), 0, 0.0, True),
+            )
             engine.link.to_server.send(self.world.random.choice(violations))
 
+    def _change_a_tenant(self) -> None:
+        """Set or remove what an operator promises and forbids, as far as that can be."""
+        random, habits = self.world.random, self.habits
+        name = random.choice(sorted({user.tenant for user in self.users}))
+        if self.server is None:
+            return
+        for _ in range(5):
+            limits = _limits(random, habits.pages, habits.page_bytes)
+            disk_limits = _disk_limits(random, habits.disk_pages, limits)
+            if self.server.set_limits(name, None if random.random() < 0.2 else limits, disk_limits):
+                break
+
+    def _erase(self, *, patience: int = 50) -> None:
+        """Erase a user, or all of a tenant, preferably while it is read. For good only who gets another name by it."""
+        if self.server is None or self.is_calm:
+            return
+        read = self.server.users_being_read()
+        if not read and patience and self.world.chance(0.96):
+            self.world.after(2.0, lambda: self._erase(patience=patience - 1))
+            return
+        user = self.world.random.choice([user for user in self.users if not read or user.id in read])
+        is_whole_tenant = self.world.chance(0.2)
+        is_for_good = not is_whole_tenant and self.world.chance(0.2)
+        self.server.erase(user.tenant, None if is_whole_tenant else user.id, for_good=is_for_good)
+
+    def _stall_the_disk(self) -> None:
+        if self.server is not None and self.server.tier is not None:
+            self.server.tier.stall(self.world.random.uniform(5.0, 80.0))
+
     def _restart_server(self) -> None:
+        """End the server's process, or the power of its machine; a few of its disks come back smaller."""
         if self.server is not None:
             self.server.crash()
             self.server = None
+            if self._platter is not None and self.world.chance(0.3):
+                self._platter.lose_power(self.world.random)
             self.world.after(10.0, self._start_server)
 
     def _start_server(self) -> None:
-        self.server = self._new_server()
+        pages = self.habits.disk_pages
+        self.server = self._new_server(1 + pages // 40 if pages and self.world.chance(0.4) else pages)
         self._servers.append(self.server)
 
-    def _new_server(self) -> Server:
+    def _new_server(self, disk_pages: int) -> Server:
+        disk_tenants = self.habits.disk_tenants
+        if disk_pages < self.habits.disk_pages:
+            disk_tenants = {name: replace(limits, guarantee_bytes=0) for name, limits in disk_tenants.items()}
         server = Server(
             self.world,
+            self._platter,
             pages=self.habits.pages,
             page_bytes=self.habits.page_bytes,
-            limits=self.habits.limits,
+            disk_pages=disk_pages,
+            tenants=self.habits.tenants,
+            disk_tenants=disk_tenants,
+            in_flight_max_bytes=self.habits.in_flight_max_bytes,
+            tenant_by_user={user.id: user.tenant for user in self.users},
             clock_offset=self.world.random.choice((0.0, 1e6)),
             mean_delay=self.habits.message_delay,
+            tick_delay=self.habits.tick_delay,
+            disk_in_flight_max=self.habits.disk_in_flight_max,
+            disk_delay=self.habits.disk_delay,
+            disk_failure_rate=self.habits.disk_failure_rate,
         )
         for namespace in self.namespaces:
             for user in self.users:
                 for prompt in self.prompts:
                     for key in user.keys(namespace, prompt):
                         server.arena.register(key, namespace.block_bytes)
+                    for state in user.states(namespace, prompt):
+                        server.arena.register(state, namespace.state_bytes)
         return server
+
+
+def _tenants(random: Random, pages: int, page_bytes: int) -> dict[str, Limits]:
+    """Draw what tenants are configured with, most often such that their guarantees fit beside each other."""
+    tenants: dict[str, Limits] = {}
+    guaranteed = 0
+    for name in random.sample((DEFAULT_TENANT, "acme", "zeta"), random.randint(1, 3)):
+        limits = _limits(random, pages, page_bytes)
+        guaranteed += limits.guarantee_bytes // page_bytes
+        if guaranteed <= pages - -(-pages // 8):
+            tenants[name] = limits
+    return tenants
+
+
+def _limits(random: Random, pages: int, page_bytes: int) -> Limits:
+    arena = pages * page_bytes
+    some = random.randint(arena // 8, arena // 2)
+    guarantee = random.choice((0, 0, some, some, 2 * arena // 3, 7 * arena // 8))
+    limit = random.choice((None, None, random.randint(arena // 6, arena)))
+    return Limits(
+        guarantee_bytes=guarantee,
+        limit_bytes=None if limit is None else max(limit, guarantee),
+        user_limit_bytes=random.choice((None, None, None, random.randint(arena // 6, arena))),
+        ttl_seconds=random.choice((None, None, None, random.uniform(10.0, 120.0))),
+        weight=random.choice((1.0, 1.0, 0.5, 3.0)),
+    )
+
+
+def _disk_tenants(random: Random, pages: int, tenants: dict[str, Limits]) -> dict[str, Limits]:
+    """Draw what the same tenants may do on the disk; its guarantees fit beside each other as well."""
+    disk_tenants: dict[str, Limits] = {}
+    guaranteed = 0
+    for name, limits in tenants.items():
+        disk_limits = _disk_limits(random, pages, limits)
+        guaranteed += disk_limits.guarantee_bytes // DISK_PAGE_BYTES
+        if guaranteed <= pages:
+            disk_tenants[name] = disk_limits
+    return disk_tenants
+
+
+def _disk_limits(random: Random, pages: int, limits: Limits) -> Limits:
+    """Draw what a tenant may do on a disk; how long its blocks live and what it weighs is the same in both tiers."""
+    drawn = _limits(random, pages, DISK_PAGE_BYTES)
+    return replace(drawn, ttl_seconds=limits.ttl_seconds, weight=limits.weight)
+
+
+def _namespace(random: Random, number: int) -> Namespace:
+    """Draw a model. One in three has states, smaller or larger than its blocks."""
+    world_size, shard_cells = random.choice((1, 1, 2, 3)), random.randint(1, 5)
+    state_shard_cells = random.choice((0, 0, random.choice([size for size in range(1, 10) if size != shard_cells])))
+    return Namespace(b"model %d" % number, world_size, shard_cells * CELL_BYTES, state_shard_cells * CELL_BYTES)
 
 
 def _prompts(random: Random) -> list[tuple[int, ...]]:

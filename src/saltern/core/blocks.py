@@ -12,17 +12,21 @@
 A block is *linked* while its user's dictionary holds it. Linked blocks form trees: every block but the
 first of a prefix has a linked parent. Only leaves are evicted, so whatever is READY can be reached from
 the first block, unless a parent is still being written.
+
+The state of a model with recurrent layers is a block like any other, and a child of the block at whose end
+it stands. Nothing continues a state.
 """
 
 from collections.abc import Iterator
 from enum import Enum
 from typing import TYPE_CHECKING, Final
 
-from saltern.core.extents import Extent, extent_pages
+from saltern.core.extents import Extent
 from saltern.core.keys import Key
 from saltern.core.order import Stamp
 
 if TYPE_CHECKING:
+    from saltern.core.disk import StoredBlock
     from saltern.core.tenants import User
 
 
@@ -35,9 +39,10 @@ class BlockState(Enum):
 
 
 class Block:
-    """The KV of `block_tokens` consecutive tokens of one user.
+    """The KV of `block_tokens` consecutive tokens of one user, or a state at the end of such a block.
 
-    `pins` counts the leases that hold the block: its writer's, then its readers'. Children hang on the
+    `pins` counts what keeps the block where it is: the leases that hold it (its writer's, then its readers') and its
+    pinned children. So whatever isn't pinned can be evicted, once what continues it is. Children hang on the
     parent in a linked list of siblings, since a million sets of one child each would be most of the index.
     """
 
@@ -49,9 +54,11 @@ class Block:
         "key",
         "length",
         "next_sibling",
+        "pages",
         "parent",
         "pins",
         "previous_sibling",
+        "record",
         "serial",
         "state",
         "touched_at",
@@ -61,10 +68,11 @@ class Block:
     def __init__(
         self,
         *,
-        user: "User",
+        user: "User[Block]",
         key: Key,
         parent: "Block | None",
         extent: Extent,
+        pages: int,
         length: int,
         touched_at: float,
         serial: int,
@@ -73,12 +81,14 @@ class Block:
         self.user: Final = user
         self.key: Final = key
         self.extent: Final = extent
+        self.pages: Final = pages  # of the extent: what the block is charged for
         self.length: Final = length  # bytes, at most the extent's
         self.depth: Final[int] = parent.depth + 1 if parent else 0
         self.serial: Final = serial
         self.evicted_for_it: Final = evicted_for_it
         self.state = BlockState.WRITING
-        self.pins = 1
+        self.record: StoredBlock | None = None  # of it on the disk
+        self.pins = 0
         self.touched_at = touched_at
         self.parent: Block | None = None
         self.children: Block | None = None  # the first of them
@@ -92,11 +102,6 @@ class Block:
         if self.state is not BlockState.READY or self.pins or self.children is not None:
             return None
         return (self.touched_at, -self.depth, self.serial)
-
-    @property
-    def pages(self) -> int:
-        """Return how many pages the block is charged for."""
-        return extent_pages(self.extent)
 
     def join_parent(self, parent: "Block | None") -> None:
         """Become the first of the parent's children."""

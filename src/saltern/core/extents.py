@@ -6,7 +6,7 @@ runs, one where possible: pages never fragment a quota, and a block larger than 
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from msgspec import Struct
 
@@ -39,6 +39,21 @@ class PagePool:
         self._counts: list[int] = []  # the keys of the map above, sorted
         if pages:
             self._insert(0, pages)
+
+    @classmethod
+    def around(cls, pages: int, taken: Iterable[Run]) -> "PagePool":
+        """Return a pool in which these runs, none of which touches another's pages, are taken already."""
+        pool = cls(0)
+        pool.pages = pages
+        end = 0
+        for run in sorted(taken, key=lambda run: run.start):
+            assert end <= run.start < run.start + run.count <= pages, "taken runs overlap, or are not in the pool"
+            if run.start > end:
+                pool._insert(end, run.start - end)
+            end = run.start + run.count
+        if pages > end:
+            pool._insert(end, pages - end)
+        return pool
 
     def allocate(self, pages: int) -> Extent | None:
         """Take `pages` pages, in one run if any free run is long enough; None if too few are free."""

@@ -2,6 +2,7 @@
 
     content[i] = H(content[i-1], tokens[i], extras[i])         content[-1] = H(namespace)
     key[i]     = keyed_H(user_key, content[i])                 what travels to the server
+    state[i]   = keyed_H(user_key, content[i])                 the same for the state after block i, if there is one
     user_key   = keyed_H(naming secret, tag, fields)           never leaves the engine's process
     user id    = keyed_H(user_key, "")                         what the server and the operator see
 
@@ -11,6 +12,7 @@ input to `user_key` and to nothing else: neither a key nor a user id can be turn
 the naming secret.
 """
 
+from array import array
 from collections.abc import Iterable
 from hashlib import blake2b
 from typing import NewType
@@ -58,10 +60,29 @@ def next_content(parent: Content, tokens: bytes, extras: bytes = b"") -> Content
     return Content(blake2b(framed, digest_size=32, person=b"saltern.content").digest())
 
 
+def content_of(root: Content, tokens: "array[int]", block_tokens: int, extras: bytes = b"") -> Content:
+    """Return the content of all whole blocks of `tokens` (int32) behind `root`, with the same `extras` in each."""
+    content = root
+    for start in range(0, len(tokens) - block_tokens + 1, block_tokens):
+        content = next_content(content, tokens[start : start + block_tokens].tobytes(), extras)
+    return content
+
+
 def unsigned_user_key(naming_secret: bytes, salt: str) -> UserKey:
     """Derive the key of a user known by a bare `cache_salt`; requests without a salt are the user ``""``."""
     fields = [b"unsigned", salt.encode("utf-8", "surrogatepass")]
     return UserKey(digest(b"saltern.user", fields, key=naming_secret))
+
+
+def signed_user_key(naming_secret: bytes, tenant: str, user_tag: str, epoch: int) -> UserKey:
+    """Derive the key of a user whom a signed salt names; who signed has no part in it."""
+    fields = [b"signed", tenant.encode(), user_tag.encode(), epoch.to_bytes(8, "little")]
+    return UserKey(digest(b"saltern.user", fields, key=naming_secret))
+
+
+def public_user_key(naming_secret: bytes) -> UserKey:
+    """Derive the key under which blocks are named that all users may read: no user's, whatever its salt."""
+    return UserKey(digest(b"saltern.user", [b"public"], key=naming_secret))
 
 
 def user_id(key: UserKey) -> UserId:
@@ -72,3 +93,8 @@ def user_id(key: UserKey) -> UserId:
 def block_key(key: UserKey, content: Content) -> Key:
     """Name a block: equal only for the same user, namespace and prefix."""
     return Key(blake2b(content, digest_size=KEY_BYTES, key=key, person=b"saltern.key").digest())
+
+
+def state_key(key: UserKey, content: Content) -> Key:
+    """Name the state after a block: never the name of a block, of this user or of any other."""
+    return Key(blake2b(content, digest_size=KEY_BYTES, key=key, person=b"saltern.state").digest())

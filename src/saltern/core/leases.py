@@ -54,13 +54,28 @@ class Session:
     """One incarnation of one engine."""
 
     def __init__(
-        self, *, engine: str, incarnation: bytes, control: ConnectionId, workers: tuple[bytes, ...], block_bytes: int
+        self,
+        *,
+        engine: str,
+        incarnation: bytes,
+        control: ConnectionId,
+        workers: tuple[bytes, ...],
+        block_bytes: int,
+        state_bytes: int,
+        root: bytes = b"",
+        block_tokens: int = 0,
     ) -> None:
         self.engine = engine
         self.incarnation = incarnation
         self.control: ConnectionId | None = control
         self.workers = workers
         self.block_bytes = block_bytes
+        self.state_bytes = state_bytes  # 0: its model has no states
+        self.root = root
+        self.block_tokens = block_tokens
+        self.public_depth = 0  # as its scheduler was told
         self.state = SessionState.WAITING
         self.lifelines: list[Lifeline] = []  # of those still able to touch the arena
         self.lease_by_id: dict[LeaseId, Lease] = {}
+        self.waiting = 0  # requests, for what comes from the disk
+        self.leased_blocks = 0  # in all of them, each as often as it is leased

@@ -7,35 +7,33 @@ until it is exact. Whoever lets an item go earlier than it was (unpinned, childl
 `offer()`. Finding the victim is thus O(log n) amortised, never a scan.
 """
 
+from collections.abc import Callable
 from heapq import heapify, heappop, heappush, heapreplace
-from typing import Generic, Protocol, TypeVar
+from operator import attrgetter
+from typing import Generic, TypeVar
 
 Stamp = tuple[float, int, int]
 """(time of the request's Acquire, −depth, serial): oldest first, then the deepest of a prefix."""
 
 
-class Evictable(Protocol):
-    """What can stand in an `EvictionOrder`."""
-
-    @property
-    def stamp(self) -> Stamp | None:
-        """Return when this may go, or None while it may not."""
-
-
-T = TypeVar("T", bound=Evictable)
+T = TypeVar("T")
 
 
 class EvictionOrder(Generic[T]):
-    """Items by stamp, each known by a stamp that is never above its true one."""
+    """Items by stamp, each known by a stamp that is never above its true one.
 
-    def __init__(self) -> None:
+    `stamp` is the attribute that says when an item may go, or None while it may not.
+    """
+
+    def __init__(self, stamp: str = "stamp") -> None:
+        self._stamp_of: Callable[[T], Stamp | None] = attrgetter(stamp)
         self._heap: list[tuple[Stamp, int, T]] = []
         self._stamp_by_id: dict[int, Stamp] = {}
         self._pushes = 0  # breaks ties between equal stamps so that items are never compared
 
     def offer(self, item: T) -> None:
         """Say that `item` may now go, perhaps earlier than when it was last seen."""
-        stamp = item.stamp
+        stamp = self._stamp_of(item)
         if stamp is None:
             return
         known = self._stamp_by_id.get(id(item))
@@ -46,8 +44,7 @@ class EvictionOrder(Generic[T]):
         """Forget `item`; it is about to cease to exist."""
         self._stamp_by_id.pop(id(item), None)
         if len(self._heap) > 2 * len(self._stamp_by_id) + 64:
-            self._heap = [entry for entry in self._heap if self._stamp_by_id.get(id(entry[2])) == entry[0]]
-            heapify(self._heap)
+            self._trim()
 
     def first(self) -> T | None:
         """Return the item that goes next, or None if none may."""
@@ -56,7 +53,7 @@ class EvictionOrder(Generic[T]):
             if self._stamp_by_id.get(id(item)) != stamp:
                 heappop(self._heap)  # superseded by an earlier stamp, or withdrawn
                 continue
-            now = item.stamp
+            now = self._stamp_of(item)
             if now == stamp:
                 return item
             if now is None:
@@ -72,3 +69,10 @@ class EvictionOrder(Generic[T]):
         self._pushes += 1
         self._stamp_by_id[id(item)] = stamp
         heappush(self._heap, (stamp, self._pushes, item))
+        if len(self._heap) > 2 * len(self._stamp_by_id) + 64:
+            self._trim()
+
+    def _trim(self) -> None:
+        """Let superseded entries go, now that they are the most."""
+        self._heap = [entry for entry in self._heap if self._stamp_by_id.get(id(entry[2])) == entry[0]]
+        heapify(self._heap)

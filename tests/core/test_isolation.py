@@ -1,0 +1,130 @@
+"""The isolation guarantee: whatever others do, a tenant hits as often as in a private cache, request by request."""
+
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from saltern.core.effects import Received
+from saltern.core.keys import UserId
+from saltern.core.leases import ConnectionId
+from saltern.core.messages import Acquire, Acquired, Commit, Release, Request, Reserve, Reserved
+from saltern.core.tenants import Limits
+from tests.core.rig import PAGE_BYTES, Rig, keys
+from tests.simulator.claims import ViolationError
+from tests.simulator.invariants import State
+from tests.simulator.isolation import Witness, steal_a_block
+
+PAGES = 32
+TENANTS = {
+    "acme": Limits(guarantee_bytes=12 * PAGE_BYTES),
+    "zeta": Limits(guarantee_bytes=9 * PAGE_BYTES, limit_bytes=20 * PAGE_BYTES, weight=3.0),
+}
+CROWD = [f"flood {number}" for number in range(8)]
+PROMPTS = ("abc", "abx", "ay", "bcd", "q", "rs", "tuvw")
+
+Step = tuple[str, int, int, bool]
+"""A request: whose, by which of its users, which prompt, and whether others come before it is stored."""
+
+steps = st.lists(
+    st.one_of(
+        st.tuples(st.sampled_from(["acme", "zeta"]), st.integers(0, 1), st.integers(0, 2), st.booleans()),
+        st.tuples(st.sampled_from(CROWD), st.integers(0, 20), st.integers(3, len(PROMPTS) - 1), st.booleans()),
+    ),
+    min_size=60,
+    max_size=120,
+)
+
+
+class Watched:
+    """A cache of 32 pages with an engine, whose every event a witness sees."""
+
+    def __init__(self) -> None:
+        self._rig = Rig(pages=PAGES, tenants=TENANTS)
+        self._small = self._rig.engine("small")
+        self._large = self._rig.engine("large", block_bytes=2 * PAGE_BYTES)
+        self.witness = Witness(TENANTS, PAGE_BYTES)
+        self._waiting: list[Callable[[], None]] = []
+
+    def request(self, tenant: str, user: int, prompt: int, *, is_late: bool) -> None:
+        """Use a prompt and store it, perhaps not before other requests have come."""
+        user_id = UserId(f"{tenant} {user}".encode().ljust(16))
+        engine = self._large if PROMPTS[prompt] == "rs" else self._small
+        ask = Acquire(1, user_id, keys(PROMPTS[prompt]), 0, (), tenant)
+        self._say(engine, ask)
+        (acquired,) = self._rig.sent(Acquired)
+        self.witness.acquired(ask, acquired, acquired.ready, self._rig.now)
+        self._seen()
+        if acquired.lease:
+            self._say(engine, Release(acquired.lease))
+
+        def store() -> None:
+            self._store(engine, ask, acquired)
+
+        if is_late:
+            self._waiting.append(store)
+        else:
+            store()
+            while len(self._waiting) > 2:
+                self._waiting.pop(0)()
+
+    def end(self) -> None:
+        """Store what waits, and compare."""
+        for store in self._waiting:
+            store()
+        self.witness.verify()
+
+    def _store(self, engine: ConnectionId, asked: Acquire, acquired: Acquired) -> None:
+        ask = Reserve(2, asked.user, asked.keys, 0, acquired.acquired_at, tenant=asked.tenant)
+        self._say(engine, ask)
+        (reserved,) = self._rig.sent(Reserved)
+        pages = 2 if engine == self._large else 1
+        self.witness.reserved(ask, reserved, pages, self._state(), self._rig.now)
+        self._seen()
+        if reserved.lease:
+            self._say(engine, Commit(reserved.lease))
+
+    def _say(self, engine: ConnectionId, message: Request) -> None:
+        self._rig.say(engine, message)
+        self.witness.check(Received(engine, message), self._rig.effects, self._state(), self._rig.now)
+        self._seen()
+
+    def _seen(self) -> None:
+        self.witness.count_in_flight(self._state())
+
+    def _state(self) -> State:
+        return State(self._rig.cache, TENANTS, None)
+
+
+def play(script: list[Step]) -> Witness:
+    """Let all requests come, and compare each tenant's with its private cache."""
+    watched = Watched()
+    for tenant, user, prompt, is_late in script:
+        watched.request(tenant, user, prompt, is_late=is_late)
+    watched.end()
+    return watched.witness
+
+
+@given(steps)
+@settings(deadline=None)
+def test_a_tenant_hits_at_least_as_often_as_alone(script: list[Step]) -> None:
+    play(script)
+
+
+FLOOD: list[Step] = [
+    step
+    for turn in range(60)
+    for step in (("acme", turn % 2, turn // 2 % 2, False), (CROWD[turn % 8], turn, 6, turn % 5 == 0))
+]
+"""Two users of acme ask for eight blocks in turns, and a crowd sends something new each time."""
+
+
+def test_the_comparison_is_not_an_empty_one() -> None:
+    assert play(FLOOD).hits > 100
+
+
+def test_one_stolen_block_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    steal_a_block(monkeypatch)
+    with pytest.raises(ViolationError, match="HITS"):
+        play(FLOOD)
