@@ -32,6 +32,7 @@ from saltern.core.messages import (
     Reserved,
     SchedulerHello,
     SessionEnded,
+    SigningSecrets,
     Welcome,
     WorkerHello,
 )
@@ -60,6 +61,7 @@ requests: st.SearchStrategy[Request] = st.one_of(
         incarnation=names,
         workers=st.lists(names, min_size=1, max_size=3).map(tuple),
         block_bytes=st.integers(1, 2**40),
+        state_bytes=st.integers(0, 2**40),
     ),
     st.builds(
         WorkerHello,
@@ -69,17 +71,29 @@ requests: st.SearchStrategy[Request] = st.one_of(
         world_size=st.integers(1, 9),
         outlives_socket=st.booleans(),
     ),
-    st.builds(Lookup, request=counts, user=users, keys=keys),
-    st.builds(Acquire, request=counts, user=users, keys=keys, start=counts),
+    st.builds(Lookup, request=counts, user=users, keys=keys, states=keys),
+    st.builds(Acquire, request=counts, user=users, keys=keys, start=counts, states=keys),
     st.builds(Release, lease=counts),
-    st.builds(Reserve, request=counts, user=users, keys=keys, start=counts, acquired_at=times),
+    st.builds(
+        Reserve,
+        request=counts,
+        user=users,
+        keys=keys,
+        start=counts,
+        acquired_at=times,
+        ends_in_state=st.booleans(),
+    ),
     st.builds(Commit, lease=counts),
     st.builds(Abort, lease=counts),
     st.builds(Discard, user=users, key=key),
     st.builds(GetStats),
 )
+secrets = st.binary(max_size=32)
 replies: st.SearchStrategy[Reply] = st.one_of(
-    st.builds(Welcome, arena_bytes=counts, page_bytes=counts, naming_secret=st.binary(max_size=32)),
+    st.builds(
+        Welcome, arena_bytes=counts, page_bytes=counts, naming_secret=secrets, signing_secrets=st.tuples(secrets)
+    ),
+    st.builds(SigningSecrets, secrets=st.lists(secrets, max_size=2).map(tuple)),
     st.builds(Refused, reason=st.text()),
     st.builds(Attached, incarnation=names),
     st.builds(SessionEnded, reason=st.text()),
@@ -159,10 +173,11 @@ def test_a_message_that_is_too_long_is_not_sent() -> None:
 def test_the_longest_prompt_and_its_answer_fit_a_frame() -> None:
     many = (Key(bytes(KEY_BYTES)),) * KEYS_MAX
     wire = server_wire()
-    ask = Reserve(request=2**63 - 1, user=UserId(bytes(USER_ID_BYTES)), keys=many, start=0, acquired_at=1.0)
+    ask = Acquire(request=2**63 - 1, user=UserId(bytes(USER_ID_BYTES)), keys=many, start=KEYS_MAX, states=many)
     assert wire.feed(wire.preamble + encode(ask)) == [ask]
     runs = (Run(start=2**31, count=2**31), Run(start=2**31, count=2**31), Run(start=2**31, count=2**31))
-    encode(Acquired(request=2**63 - 1, lease=2**63 - 1, acquired_at=1.0, ready=KEYS_MAX, extents=(runs,) * KEYS_MAX))
+    extents = (runs,) * (KEYS_MAX + 1)  # the last is a state's
+    encode(Acquired(request=2**63 - 1, lease=2**63 - 1, acquired_at=1.0, ready=KEYS_MAX, extents=extents))
 
 
 def test_more_keys_than_a_message_may_have_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""Sizes as people write them: "64 GiB", "1.5 MB", 4096."""
+"""Sizes and durations as people write them: "64 GiB", "1.5 MB", 4096; "7 days", "90 s", 3600."""
 
 import re
 
@@ -29,3 +29,30 @@ def format_size(size: int) -> str:
             break
         value, unit = value / 1024, larger
     return f"{value:.0f} {unit}" if value == int(value) else f"{value:.1f} {unit}"
+
+
+_SECONDS_BY_UNIT = {
+    **dict.fromkeys(("", "s", "second", "seconds"), 1),
+    **dict.fromkeys(("m", "min", "minute", "minutes"), 60),
+    **dict.fromkeys(("h", "hour", "hours"), 3_600),
+    **dict.fromkeys(("d", "day", "days"), 86_400),
+    **dict.fromkeys(("w", "week", "weeks"), 604_800),
+}
+_DURATION = re.compile(r"\s*([0-9]{1,30}(?:\.[0-9]{1,30})?)\s*([A-Za-z]*)\s*")
+
+
+def parse_duration(text: str) -> float:
+    """Return a duration in seconds. Raises `ValueError` with a text for a person."""
+    match = _DURATION.fullmatch(text)
+    seconds = match and _SECONDS_BY_UNIT.get(match[2].lower())
+    if match is None or seconds is None:
+        raise ValueError(f"{text!r} is not a duration: write a number and a unit, such as 7 days")
+    return float(match[1]) * seconds
+
+
+def format_duration(seconds: float) -> str:
+    """Write a duration in the largest unit that it is a whole number of."""
+    for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= size and seconds % size == 0:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:g} s"

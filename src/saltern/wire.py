@@ -15,6 +15,7 @@ from typing import Generic, TypeVar
 import msgspec
 
 from saltern.core.messages import Reply, Request
+from saltern.operations import Answer, Operation
 
 PROTOCOL_OLDEST = 1
 PROTOCOL_NEWEST = 1
@@ -32,7 +33,7 @@ class ProtocolError(Exception):
     """The peer sent what this side can't speak. The text is for a person."""
 
 
-def encode(message: Request | Reply) -> bytes:
+def encode(message: Request | Reply | Operation | Answer) -> bytes:
     """Return a message as one frame."""
     payload = _encoder.encode(message)
     if len(payload) > FRAME_BYTES_MAX:
@@ -123,3 +124,13 @@ def server_wire() -> Wire[Request]:
 def client_wire() -> Wire[Reply]:
     """Return an engine's or an operator's side of a connection."""
     return Wire(msgspec.msgpack.Decoder(Reply), peer="server")
+
+
+def admin_server_wire() -> Wire[Operation]:
+    """Return the server's side of a connection to its admin socket."""
+    return Wire(msgspec.msgpack.Decoder(Operation), peer="client")
+
+
+def admin_client_wire() -> Wire[Answer]:
+    """Return the operator's side of it."""
+    return Wire(msgspec.msgpack.Decoder(Answer), peer="server")
