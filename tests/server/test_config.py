@@ -8,10 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from saltern.core.tenants import Limits
 from saltern.paths import default_socket_path
 from saltern.secret import make_secret
-from saltern.server.config import ConfigError, ServerSettings, load_config, naming_secret
-from saltern.sizes import format_size, parse_size
+from saltern.server.config import Config, ConfigError, DiskSettings, ServerSettings, load_config, naming_secret
+from saltern.server.tenancy import Layers
+from saltern.sizes import format_duration, format_size, parse_duration, parse_size
 
 
 def load(folder: Path, text: str, **overrides: str) -> object:
@@ -25,7 +27,9 @@ def test_everything_may_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(None)
     assert config.server.socket_path == Path("/run/user/7/saltern/saltern.sock")
     assert config.arena.size == 4 * 1024**3
-    assert config.tenants.default.limits.limit_bytes is None
+    assert config.server.admin_socket_path == Path("/run/user/7/saltern/admin.sock")
+    assert not config.tenants
+    assert not config.plans
     monkeypatch.delenv("XDG_RUNTIME_DIR")
     assert default_socket_path() == Path(f"/tmp/saltern-{os.getuid()}/saltern.sock")
 
@@ -40,14 +44,31 @@ def test_every_setting_that_the_file_may_have_is_read(tmp_path: Path) -> None:
         allowed_uids = [0, 1000]
         connections_max = 7
         secret_file = "key"
+        state_folder = "/state"
+        signing_file = "/signing"
+        epochs_file = "/epochs"
+        admin_socket = "/run/a.sock"
         [arena]
         size = "2 GiB"
         page_size = 131072
         prefault = false
         huge_pages = false
+        [disk]
+        path = "/disk"
+        size = "3 GiB"
+        key_file = "/key"
         [tenants.default]
         limit = "1.5 GiB"
         user_limit = "200 MB"
+        [tenants."a.cme"]
+        plan = "gold"
+        guarantee = 131072
+        limit = "none"
+        [plans.gold]
+        guarantee = "1 GiB"
+        limit = "2 GiB"
+        ttl = "7 days"
+        weight = 2
         [log]
         level = "warning"
         format = "json"
@@ -56,13 +77,26 @@ def test_every_setting_that_the_file_may_have_is_read(tmp_path: Path) -> None:
     )
     config = load_config(path)
     assert config.server == ServerSettings(
-        socket="/run/s.sock", socket_mode=0o660, allowed_uids=(0, 1000), connections_max=7, secret_file="key"
+        socket="/run/s.sock",
+        socket_mode=0o660,
+        allowed_uids=(0, 1000),
+        connections_max=7,
+        secret_file="key",
+        state_folder="/state",
+        signing_file="/signing",
+        epochs_file="/epochs",
+        admin_socket="/run/a.sock",
     )
+    assert config.server.store_path == Path("/state/saltern.db")
+    assert config.server.signing_path == Path("/signing")
     assert (config.arena.size, config.arena.page_size) == (2 * 1024**3, 131072)
     assert not config.arena.prefault
     assert not config.arena.huge_pages
-    limits = config.tenants.default.limits
-    assert (limits.limit_bytes, limits.user_limit_bytes) == (3 * 1024**3 // 2, 200_000_000)
+    assert config.disk == DiskSettings(path="/disk", size=3 * 1024**3, key_file="/key")
+    assert Layers(config.tenants, config.plans).limits_by_tenant() == {
+        "default": Limits(limit_bytes=3 * 1024**3 // 2, user_limit_bytes=200_000_000),
+        "a.cme": Limits(guarantee_bytes=131072, limit_bytes=None, ttl_seconds=7 * 86_400, weight=2.0),
+    }
     assert (config.log.level, config.log.format) == ("warning", "json")
 
 
@@ -82,7 +116,23 @@ def test_the_command_line_stands_above_the_file(tmp_path: Path) -> None:
         ("[arenas]\nsize = '1 GiB'", ":1: unknown setting arenas at the top; did you mean arena?"),
         ("[log]\n\nqqq = 1", ":3: unknown setting qqq in [log]; known are level, format"),
         ("arena.sise = 1", ":1: unknown setting sise in [arena]; did you mean size?"),
-        ("[tenants.acme]\nlimit = 5", ":1: unknown setting acme in [tenants]; known are default"),
+        ("[tenants.acme]\nlimit = 5", "tenants.acme.limit: 5 B is less than one page of the arena"),
+        ("[tenants.Acme]\nlimit = 0", ":1: tenants: 'Acme' is no name: 1 to 40 of a-z, 0-9, dot, dash and"),
+        ("[tenants]\nacme = 0", ":2: tenants.acme: expected `object`, got `int`"),
+        ("[tenants.acme]\nplan = 'gold'", "tenants.acme.plan: nobody has defined the plan gold; there is none"),
+        ("[plans.tin]\n[tenants.acme]\nplan = 'gold'", "nobody has defined the plan gold; known are tin"),
+        ("[plans.none]", "plans.none: no plan can be called none"),
+        ("[plans.gold]\nplan = 'gold'", ":2: unknown setting plan in [plans.gold]; known are guarantee, limit,"),
+        ("[plans.gold]\nguarantee = 1", "plans.gold.guarantee: 1 B is less than one page of the arena"),
+        ("[plans.gold]\nguarantee = 'none'", ":2: plans.gold.guarantee: 'none' is not a size"),
+        ("[plans.gold]\ndisk_limit = 1", "plans.gold.disk_limit: 1 B is less than one page of the disk tier"),
+        ("[disk]\nsize = 16", "disk.size: 16 B is less than one page; 0 turns the disk tier off"),
+        ("[disk]\nfolder = '/d'", ":2: unknown setting folder in [disk]"),
+        ("[plans.gold]\nguarantee = -1", ":2: plans.gold.guarantee: expected `int` >= 0"),
+        ("[plans.gold]\nttl = 'a week'", ":2: plans.gold.ttl: 'a week' is not a duration: write a number and a unit"),
+        ("[plans.gold]\nttl = 0", ":2: plans.gold.ttl: expected `float` > 0.0"),
+        ("[plans.gold]\nttl = nan", ":2: plans.gold.ttl: expected `float`"),
+        ("[plans.gold]\nweight = inf", ":2: plans.gold.weight: expected `float` <= 1000000.0"),
         ("[tenants.default]\nuserlimit = 5", ":2: unknown setting userlimit in [tenants.default]; did you"),
         ("[arena]\nsize = '64 GiBB'", ":2: arena.size: '64 GiBB' is not a size: write a number and a unit, such as"),
         ("[arena]\nsize = true", ":2: arena.size: expected `int`, got `bool`"),
@@ -136,6 +186,21 @@ def test_sizes_have_decimal_and_binary_units(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("7 days", 604_800), ("7d", 604_800), ("1.5h", 5400), ("90 s", 90), ("2 Weeks", 1_209_600), ("0.5", 0.5)],
+)
+def test_durations_have_units(text: str, seconds: float) -> None:
+    assert parse_duration(text) == seconds
+    assert parse_duration(format_duration(seconds)) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "d", "-1 d", "7 days ago", "1e9", "7 fortnights", "1 " * 40])
+def test_what_is_no_duration_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="write a number and a unit, such as 7 days"):
+        parse_duration(text)
+
+
 def test_a_naming_secret_is_made_once_and_for_its_owner_alone(tmp_path: Path) -> None:
     settings = ServerSettings(secret_file=str(tmp_path / "naming.key"))
     secret = naming_secret(settings)
@@ -151,8 +216,16 @@ def test_a_naming_secret_is_made_once_and_for_its_owner_alone(tmp_path: Path) ->
         naming_secret(settings)
 
 
-def test_without_a_file_every_start_has_its_own_secret() -> None:
-    assert naming_secret(ServerSettings()) != naming_secret(ServerSettings())
+def test_what_must_outlive_the_server_is_in_one_folder_unless_it_is_named(tmp_path: Path) -> None:
+    config = Config(server=ServerSettings(state_folder=str(tmp_path)))
+    assert config.server.naming_path == tmp_path / "naming.key"
+    assert config.server.epochs_path == tmp_path / "epochs.json"
+    assert config.disk_path == tmp_path / "disk"
+    assert config.deployment_key_path == tmp_path / "deployment.key"
+    assert config.disk.size == 16 * 1024**3
+    assert naming_secret(config.server) == naming_secret(config.server) == (tmp_path / "naming.key").read_bytes()
+    named = Config(disk=DiskSettings(path="/d", key_file="/k"))
+    assert (named.disk_path, named.deployment_key_path) == (Path("/d"), Path("/k"))
 
 
 def test_a_secret_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

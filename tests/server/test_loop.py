@@ -135,7 +135,7 @@ def test_the_socket_is_private_and_gone_after_a_clean_stop() -> None:
         assert server.stop() == 0
         assert not server.socket_path.exists()
         assert "stopped" in server.log
-        assert {path.name for path in server.folder.iterdir()} == {"saltern.toml", "server.log"}
+        assert {path.name for path in server.folder.iterdir()} == {"saltern.toml", "server.log", "state"}
 
 
 def test_an_engine_is_no_reason_not_to_stop() -> None:

@@ -7,6 +7,7 @@ import mmap
 import os
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from saltern.sizes import format_size
@@ -42,6 +43,8 @@ class Arena:
             os.close(self.fd)
             raise ArenaError(f"no arena of {format_size(total_bytes)}: {error}") from None
         self._map.madvise(mmap.MADV_DONTDUMP)  # plaintext of all users
+        self.memory = memoryview(self._map)
+        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         if huge_pages:
             self._ask_for_huge_pages()
         self._closing = threading.Event()
@@ -52,16 +55,22 @@ class Arena:
         self._prefaulting = threading.Thread(target=self._prefault, name="saltern-prefault", daemon=True)
         self._prefaulting.start()
 
+    def wipe(self, *, offset: int, length: int) -> None:
+        """Overwrite bytes with zeros."""
+        assert 0 <= offset <= offset + length <= self.total_bytes, "wipes beyond the arena"
+        ctypes.memset(self._address + offset, 0, length)  # does not keep the interpreter's lock, as a slice would
+
     def close(self) -> None:
         """Let go of the memory, which then lives as long as engines still map it."""
         self._closing.set()
         if self._prefaulting is not None:
             self._prefaulting.join()
-        self._map.close()
+        with suppress(BufferError):  # a thread that hangs on a dead disk has a piece of it, to the end of the process
+            self.memory.release()
+            self._map.close()
         os.close(self.fd)
 
     def _prefault(self) -> None:
-        address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         started = time.monotonic()
         for start in range(0, self.total_bytes, PREFAULT_BYTES):
             size = min(PREFAULT_BYTES, self.total_bytes - start)
@@ -75,7 +84,7 @@ class Arena:
                 )
                 return
             # Not `mmap.madvise`, which keeps the interpreter's lock and thereby stops the loop.
-            if _madvise(address + start, size, _MADV_POPULATE_WRITE):
+            if _madvise(self._address + start, size, _MADV_POPULATE_WRITE):
                 log.warning("the arena is not prefaulted: %s", os.strerror(ctypes.get_errno()))
                 return
         log.info("arena of %s prefaulted in %.1f s", format_size(self.total_bytes), time.monotonic() - started)

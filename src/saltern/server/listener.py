@@ -25,10 +25,11 @@ class Peer(Struct, frozen=True):
 
 
 class Listener:
-    """A Unix socket at `path` with permission bits `mode`. Raises `ListenError`."""
+    """A Unix socket at `path`, which `setting` named, with permission bits `mode`. Raises `ListenError`."""
 
-    def __init__(self, path: Path, *, mode: int = 0o600) -> None:
+    def __init__(self, path: Path, *, mode: int = 0o600, setting: str = "--socket") -> None:
         self.path = path
+        self._setting = setting
         self._make_folder()
         # Bound under another name and then renamed: nobody meets it before its mode is set, and the file of a
         # dead server is replaced without a moment in which there is none.
@@ -90,9 +91,9 @@ class Listener:
             raise ListenError(f"cannot make {folder} for the socket: {error.strerror}") from None
         # Whoever may rename things in the folder could put a socket of its own in our place.
         if not owners <= {0, os.getuid()}:
-            raise ListenError(f"{folder} belongs to another user: choose another --socket")
+            raise ListenError(f"{folder} belongs to another user: choose another {self._setting}")
         if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not status.st_mode & stat.S_ISVTX:
-            raise ListenError(f"others may change {folder}: choose another --socket")
+            raise ListenError(f"others may change {folder}: choose another {self._setting}")
 
     def _refuse_unless_free(self) -> None:
         """Raise unless the path is free, or holds the socket of a server that is dead."""
@@ -101,11 +102,11 @@ class Listener:
         except FileNotFoundError:
             return
         if not stat.S_ISSOCK(mode):
-            raise ListenError(f"{self.path} exists and is not a socket: remove it, or choose another --socket")
+            raise ListenError(f"{self.path} exists and is not a socket: remove it, or choose another {self._setting}")
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
             code = probe.connect_ex(str(self.path))
         if code != errno.ECONNREFUSED:
-            raise ListenError(f"a server listens on {self.path} already: stop it, or choose another --socket")
+            raise ListenError(f"a server listens on {self.path} already: stop it, or choose another {self._setting}")
 
     @contextmanager
     def _exclusively(self) -> Iterator[None]:

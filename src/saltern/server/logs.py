@@ -10,8 +10,8 @@ from saltern.server.config import LogSettings
 
 log = logging.getLogger("saltern")
 
-_INFO_EVENTS = frozenset({"session-opened", "session-ended"})
-"""What happens once a session; everything else happens once a request, and is for debugging."""
+_INFO_EVENTS = frozenset({"session-opened", "session-ended", "erased", "lost"})
+"""What happens once a session, or hardly ever; everything else happens once a request, and is for debugging."""
 
 
 def start_logging(settings: LogSettings) -> None:

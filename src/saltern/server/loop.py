@@ -12,6 +12,9 @@ no longer touches the arena:
       └─ it does not read what we send ───────────────────┴─► PARTED │   Disconnected when it begins
                                                               └──────┘
 
+Other threads have the loop do something between two turns by `call()`, and handle an event by `tell()`; nothing else of
+it is theirs to touch. The disk tier does beside the loop what takes time, and tells what came of it.
+
 Only lifelines are PARTED; other connections are closed at once. `Gone` of a worker whose device may outlive its socket
 waits for the end of its process, of which a pidfd tells, or for the same worker's next hello.
 """
@@ -24,17 +27,36 @@ import signal
 import socket
 import time
 from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
 from enum import Enum
 from itertools import count
+from threading import Lock
+from typing import Any, TypeVar
 
 from saltern.core.cache import Cache
-from saltern.core.effects import Close, Disconnected, Effect, Event, Gone, Logged, Received, Send
+from saltern.core.effects import (
+    Close,
+    Disconnected,
+    Effect,
+    Event,
+    ForgetRecords,
+    Gone,
+    Logged,
+    ReadRecord,
+    Received,
+    Send,
+    Tick,
+    WipePages,
+    WriteRecord,
+)
 from saltern.core.leases import ConnectionId
 from saltern.core.messages import Refused, Reply, Request, WorkerHello
 from saltern.server.arena import Arena
 from saltern.server.listener import Listener, Peer
 from saltern.server.logs import log_decision
+from saltern.tiers.disk import DiskTier, Restored
 from saltern.wire import FRAME_BYTES_MAX, ProtocolError, encode, server_wire
 
 log = logging.getLogger(__name__)
@@ -54,7 +76,18 @@ LINGER_SECONDS = 1.0
 ACCEPT_RETRY_SECONDS = 1.0
 """How long connections wait once the process is out of file descriptors."""
 
+TOUCHED_SECONDS = 30.0
+"""How often the disk tier is told what was used: what a crash makes it forget."""
+
 _TICK_SECONDS = 0.25  # while something waits for the clock
+_WAIT_SECONDS_MAX = 86_400.0
+
+
+_Result = TypeVar("_Result")
+
+
+class LoopEndedError(Exception):
+    """The loop has ended, and does nothing any more."""
 
 
 class _State(Enum):
@@ -122,6 +155,12 @@ class Loop:
         self._connection_by_id: dict[ConnectionId, _Connection] = {}
         self._ended_by_pidfd: dict[int, _Connection] = {}  # closed, but the process behind it may still write
         self._events: deque[Event] = deque()
+        self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()  # of other threads
+        self._calls_lock = Lock()
+        self._told: deque[Event] = deque()  # by other threads; as many as the cache has in flight on the disk
+        self._disk: DiskTier | None = None
+        self._touched_at = 0.0  # when the disk tier shall be told next what was used
+        self._ended = False
         self._unhandled: dict[ConnectionId, _Connection] = {}  # with messages left over from their last turn
         self._unflushed: dict[ConnectionId, _Connection] = {}  # with messages of this turn to send
         self._flushing: dict[ConnectionId, _Connection] = {}
@@ -139,8 +178,49 @@ class Loop:
     def stop(self) -> None:
         """Make `run()` return; may be called from another thread or a signal handler."""
         self._stopping = True
-        with suppress(OSError):  # woken already, or closed
-            self._wake_sender.send(b"\0")
+        self._wake()
+
+    def call(self, function: Callable[[], _Result]) -> _Result:
+        """Have the loop run a function between two turns, and return what it returns.
+
+        For other threads, which wait meanwhile. Raises `LoopEndedError` when the loop has ended.
+        """
+        future: Future[_Result] = Future()
+        with self._calls_lock:
+            if self._ended:
+                raise LoopEndedError
+            self._calls.append((future, function))
+        self._wake()
+        return future.result()
+
+    def tell(self, event: Event) -> None:
+        """Have the cache decide about an event that happened on another thread; does not wait for that."""
+        self._told.append(event)
+        self._wake()
+
+    def use_disk(self, disk: DiskTier) -> Restored:
+        """Take up what is on the disk, before `run()`, and have the disk tier do what the cache asks of the disk.
+
+        Returns what was found. Raises `DiskError`.
+        """
+        assert self._disk is None, "there is one disk tier"
+        now = time.monotonic()
+        gc.disable()  # 100,000 records take half as long without collections, which find nothing
+        try:
+            restored = disk.restore(now)
+            effects = self._cache.restore(restored.records, restored.erased, now)
+        finally:
+            gc.enable()
+        self._disk, self._touched_at = disk, now + TOUCHED_SECONDS
+        disk.start()
+        for effect in effects:
+            self._perform(effect)
+        return restored
+
+    def handle(self, *events: Event) -> None:
+        """Let the cache decide about events that are no peer's; on the loop's own thread, or before it runs."""
+        for event in events:
+            self._handle(event)
 
     def stop_on_signals(self) -> None:
         """Stop at SIGTERM and SIGINT, also while waiting.
@@ -168,8 +248,7 @@ class Loop:
 
     def _turn(self) -> None:
         waits_for_clock = bool(self._flushing) or self._accepts_again_at is not None
-        timeout = 0.0 if self._unhandled else _TICK_SECONDS if waits_for_clock else None
-        for fd, happened in self._epoll.poll(timeout):
+        for fd, happened in self._epoll.poll(self._wait_seconds(waits_for_clock=waits_for_clock)):
             connection = self._connection_by_fd.get(fd)
             if connection is not None:
                 if happened & select.EPOLLOUT:
@@ -180,12 +259,54 @@ class Loop:
                 self._process_ended(fd)
             elif fd == self._listener.socket.fileno():
                 self._accept()
+            elif fd == self._wake_receiver.fileno():
+                self._wake_up()
         for connection in list(self._unhandled.values()):
             self._serve(connection)
             self._flush_all()
         if waits_for_clock:
             self._look_at_clock(time.monotonic())
+        due_at = self._cache.due_at
+        if due_at is not None and due_at <= time.monotonic():
+            self._handle(Tick())  # one bounded step a turn, so that messages come in between
+        if self._disk is not None and self._touched_at <= time.monotonic():
+            # Some at a time as well.
+            self._touched_at = time.monotonic() + (0.0 if self._note_touched(self._disk) else TOUCHED_SECONDS)
         self._flush_all()
+
+    def _wait_seconds(self, *, waits_for_clock: bool) -> float | None:
+        """Return how long to wait for the sockets: until something is due, or None for as long as it takes."""
+        if self._unhandled or self._stopping:
+            return 0.0
+        due_at = self._cache.due_at
+        waits = [_TICK_SECONDS] if waits_for_clock else []
+        if due_at is not None:
+            # A day at most: epoll counts milliseconds in 32 bits.
+            waits.append(min(max(due_at - time.monotonic(), 0.0), _WAIT_SECONDS_MAX))
+        if self._disk is not None:
+            waits.append(max(self._touched_at - time.monotonic(), 0.0))
+        return min(waits, default=None)
+
+    def _wake(self) -> None:
+        with suppress(OSError):  # woken already, or closed
+            self._wake_sender.send(b"\0")
+
+    def _wake_up(self) -> None:
+        """Do what other threads want."""
+        with suppress(BlockingIOError):
+            self._wake_receiver.recv(4096)
+        for _ in range(len(self._told)):  # what is told meanwhile wakes the loop anew, after messages had their turn
+            self._handle(self._told.popleft())
+        while self._calls:
+            future, function = self._calls.popleft()
+            future.set_result(function())
+
+    def _note_touched(self, disk: DiskTier) -> bool:
+        """Tell the disk tier what was used lately, some of it, and return whether there was anything."""
+        touched = self._cache.disk.take_touched()
+        if touched:
+            disk.note_touched(touched, time.monotonic())
+        return bool(touched)
 
     # Connections
 
@@ -374,6 +495,13 @@ class Loop:
                     log.warning("closing the connection of pid %d: %s", connection.peer.pid, reason)
                     self._close_when_flushed(connection)
                     self._unflushed[id_] = connection
+            case WriteRecord() | ReadRecord() | ForgetRecords():
+                assert self._disk is not None, "the cache asks something of a disk that isn't there"
+                self._disk.perform(effect)
+            case WipePages(extent):
+                page_bytes = self._cache.page_bytes
+                for run in extent:
+                    self._arena.wipe(offset=run.start * page_bytes, length=run.count * page_bytes)
 
     def _send(self, connection: _Connection, message: Reply, *, with_arena: bool) -> None:
         try:
@@ -390,6 +518,12 @@ class Loop:
             self._part(connection)
 
     def _close(self) -> None:
+        with self._calls_lock:
+            self._ended = True
+        for future, _ in self._calls:
+            future.set_exception(LoopEndedError())
+        while self._disk is not None and self._note_touched(self._disk):
+            pass
         self._listener.close()
         for connection in self._connection_by_fd.values():
             connection.socket.close()
