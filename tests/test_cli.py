@@ -1,6 +1,7 @@
 """What holds for the command line, run as a user runs it."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,11 +9,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from saltern import __version__, cli
+from saltern import __version__
+from saltern.cli.stats import USERS_SHOWN, describe
 from saltern.core.messages import Reserve
 from saltern.core.snapshot import Snapshot
 from tests.server.test_loop import ALICE, keys, pin, store
-from tests.support import PATIENCE_SECONDS, engine_at, serving
+from tests.support import PATIENCE_SECONDS, Server, engine_at, serving
 
 
 def saltern(*arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -109,14 +111,14 @@ def test_an_empty_server_is_small() -> None:
 def test_more_users_than_a_terminal_holds_are_counted() -> None:
     with serving() as server:
         empty = server.stats()
-    tenant = msgspec.structs.replace(empty.tenants[0], users_total=cli.USERS_SHOWN + 5)
-    assert "and 5 more users" in cli.describe(msgspec.structs.replace(empty, tenants=(tenant,)))
+    tenant = msgspec.structs.replace(empty.tenants[0], users_total=USERS_SHOWN + 5)
+    assert "and 5 more users" in describe(msgspec.structs.replace(empty, tenants=(tenant,)))
 
 
 def test_what_is_refused_is_shown_by_reason() -> None:
     with serving(limit="64 KiB") as server, engine_at(server.path, block_bytes=128 * 1024) as engine:
         engine.ask(Reserve(request=1, user=ALICE, keys=keys(1), start=0, acquired_at=0.0))
-        assert "  refused 1 over limit" in cli.describe(server.stats()).splitlines()
+        assert "  refused 1 over limit" in describe(server.stats()).splitlines()
 
 
 def test_the_reader_of_a_pipe_may_leave_early() -> None:
@@ -132,3 +134,125 @@ def test_the_reader_of_a_pipe_may_leave_early() -> None:
         )
         os.close(sender)
         assert b"Traceback" not in run.stderr
+
+
+def on(server: Server, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Run a command against a server's admin socket."""
+    return saltern(*arguments, "--socket", str(server.admin_path))
+
+
+def test_tenants_are_set_and_listed_with_where_each_value_comes_from() -> None:
+    with serving(tenants={"acme": {"plan": "gold"}}, plans={"gold": {"guarantee": "8 MiB", "ttl": "7 days"}}) as server:
+        made = on(server, "quota", "set", "acme", "--limit", "16MiB", "--weight", "2.5", "--user-limit", "none")
+        assert made.stdout.splitlines() == [
+            "tenant           acme",
+            "used             0 B, 0 users",
+            "used on disk     0 B",
+            "guarantee        8 MiB (plan gold)",
+            "limit            16 MiB (run time)",
+            "user limit       none (run time)",
+            "disk guarantee   0 B",
+            "disk limit       none",
+            "disk user limit  none",
+            "ttl              7 d (plan gold)",
+            "weight           2.5 (run time)",
+            "plan             gold (file)",
+        ]
+        assert on(server, "tenants", "get", "acme").stdout == made.stdout
+        listed = on(server, "tenants", "list").stdout
+        assert [re.split("  +", line) for line in listed.splitlines()] == [
+            ["tenant", "used", "on disk", "guarantee", "limit", "user limit", "ttl", "weight", "plan"],
+            [
+                "acme",
+                "0 B",
+                "0 B",
+                "8 MiB (plan gold)",
+                "16 MiB (run time)",
+                "none (run time)",
+                "7 d (plan gold)",
+                "2.5 (run time)",
+                "gold (file)",
+            ],
+            ["default", "0 B", "0 B", "0 B", "none", "none", "none", "1", "none"],
+            [""],
+            ["guaranteed 8 MiB of an arena of 64 MiB"],
+        ]
+        read = msgspec.json.decode(on(server, "tenants", "list", "--json").stdout)
+        assert read["guaranteed-bytes"] == 8 * 1024**2
+        assert read["tenants"][0]["limit"] == {"value": 16 * 1024**2, "origin": "run time"}
+        assert "limit            none\n" in on(server, "tenants", "set", "acme", "--limit", "inherit").stdout
+        assert "weight           1\n" in on(server, "tenants", "remove", "acme").stdout
+        on(server, "tenants", "set", "acme", "--disk-limit", "1GiB", "--disk-guarantee", "1MiB")
+        header, acme, *_ = (re.split("  +", line) for line in on(server, "quota", "list").stdout.splitlines())
+        assert header[4:8] == ["limit", "user limit", "disk guarantee", "disk limit"]
+        assert acme[6:8] == ["1 MiB (run time)", "1 GiB (run time)"]
+
+
+def test_plans_are_set_listed_and_removed() -> None:
+    with serving() as server:
+        assert on(server, "plans", "list").stdout == "no plans\n"
+        on(server, "plans", "set", "gold", "--guarantee", "1 MiB", "--limit", "none")
+        assert on(server, "tenants", "set", "acme", "--plan", "gold").returncode == 0
+        assert on(server, "plans", "list").stdout.splitlines() == [
+            "plan         guarantee            limit  user limit  ttl  weight  tenants",
+            "gold  1 MiB (run time)  none (run time)           -    -       -     acme",
+        ]
+        (plan,) = msgspec.json.decode(on(server, "plans", "list", "--json").stdout)["plans"]
+        assert plan["tenants"] == ["acme"]
+        failed = on(server, "plans", "remove", "gold")
+        assert (failed.returncode, failed.stdout) == (1, "")
+        assert "nobody has defined the plan gold" in failed.stderr
+        on(server, "tenants", "set", "acme", "--plan", "none")
+        assert on(server, "plans", "remove", "gold").stdout == "no plans\n"
+
+
+def test_what_is_asked_wrongly_is_said_before_anybody_is_asked() -> None:
+    for arguments, complaint in (
+        (["set", "acme"], "set what of acme? Name a setting, such as --limit 2GiB"),
+        (["set", "Acme", "--limit", "0"], "a name has 1 to 40 of a-z"),
+        (["get", "../acme"], "a name has 1 to 40 of a-z"),
+        (["set", "acme", "--limit", "much"], "--limit: 'much' is not a size"),
+        (["set", "acme", "--ttl", "soon"], "--ttl: 'soon' is not a duration"),
+        (["set", "acme", "--ttl", "0"], "--ttl: expected `float` > 0"),
+        (["set", "acme", "--weight", "heavy"], "--weight: 'heavy' is not a number"),
+        (["set", "acme", "--weight", "nan"], "--weight: expected `float` >="),
+        (["set", "acme", "--guarantee", "none"], "--guarantee: write a number"),
+    ):
+        failed = saltern("tenants", *arguments, "--socket", "/nowhere/admin.sock")
+        assert failed.returncode == 2, failed
+        assert complaint in failed.stderr
+        assert failed.stderr.count("\n") == 1
+    failed = saltern("tenants", "list", "--socket", "/nowhere/admin.sock")
+    assert failed.returncode == 1
+    assert "no server listens on /nowhere/admin.sock" in failed.stderr
+
+
+def test_a_server_that_does_not_start_any_more_is_mended_offline() -> None:
+    with serving() as server:
+        on(server, "tenants", "set", "acme", "--guarantee", "40 MiB")
+        file = str(server.folder / "state/saltern.db")
+        busy = saltern("tenants", "list", "--offline", file)
+        assert busy.returncode == 1
+        assert f"a server uses {file}: ask it by its admin socket, without --offline" in busy.stderr
+        server.stop()
+        settings = (server.folder / "saltern.toml").read_text(encoding="utf-8")
+        (server.folder / "saltern.toml").write_text(settings.replace('"64 MiB"', '"32 MiB"'), encoding="utf-8")
+        with pytest.raises(AssertionError, match="does not fit these settings"):
+            server.start()
+        mended = saltern("tenants", "set", "acme", "--guarantee", "4 MiB", "--offline", file)
+        assert "guarantee        4 MiB (run time)" in mended.stdout
+        server.start()
+        assert "guarantee        4 MiB (run time)" in on(server, "tenants", "get", "acme").stdout
+    missing = saltern("tenants", "list", "--offline", file)
+    assert (missing.returncode, missing.stderr) == (1, f"saltern: {file}: there is no such file\n")
+
+
+def test_the_signing_secret_is_rotated_by_a_command() -> None:
+    with serving() as server:
+        path = server.folder / "state/signing.keys"
+        before = path.read_text(encoding="ascii").split()
+        assert f"in {path}; the one before it stays valid" in on(server, "rotate-signing").stdout
+        after = path.read_text(encoding="ascii").split()
+        assert len(after) == 2
+        assert after[1:] == before
+        assert msgspec.json.decode(on(server, "rotate-signing", "--json").stdout) == {"signing-file": str(path)}
