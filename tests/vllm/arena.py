@@ -12,7 +12,7 @@ from saltern.client.lifeline import Arena, Mapping
 from saltern.core.extents import Extent
 from saltern.vllm.copier import Bytes, Finished, Shard
 from saltern.vllm.copies import Copy
-from saltern.vllm.layout import LayerPages, Layout
+from saltern.vllm.layout import GroupPages, LayerPages, Layout
 
 INCARNATION = b"i" * 16
 WAIT_SECONDS_MAX = 60.0  # for a loaded machine; nothing here takes as much as one
@@ -62,9 +62,9 @@ class FakeLifeline:
 
 
 def make_layout(
-    shapes: Iterable[tuple[int, int]], *, blocks: int, layers_first: bool, offset: int = 0
+    shapes: Iterable[tuple[int, int]], *, blocks: int, slots: int, layers_first: bool, offset: int = 0
 ) -> tuple[Layout, int]:
-    """Return a layout of tensors of (layers, page bytes) each, and the bytes of the buffer that they lie in.
+    """Return a layout of one group with tensors of (layers, page bytes) each, and the bytes of the buffer they lie in.
 
     With `layers_first` a layer's pages are contiguous (LBHNC), else a block's are (BLHNC), those of all tensors.
     """
@@ -82,14 +82,15 @@ def make_layout(
             )
         )
         position += layers * page_bytes * (blocks if layers_first else 1)
-    return Layout(tensors=tuple(tensors), blocks=blocks), offset + slot_bytes * blocks
+    group = GroupPages(offset=0, slots=slots, tensors=tuple(tensors))
+    return Layout(groups=(group,), blocks=blocks), offset + slot_bytes * blocks
 
 
-def kv_places(layout: Layout, engine_block: int) -> list[int]:
+def kv_places(group: GroupPages, engine_block: int) -> list[int]:
     """Return where the bytes of an engine block lie in the worker's buffer, in the order of a slot."""
     return [
         tensor.offset + layer * tensor.layer_stride + engine_block * tensor.block_stride + byte
-        for tensor in layout.tensors
+        for tensor in group.tensors
         for layer in range(tensor.layers)
         for byte in range(tensor.page_bytes)
     ]
@@ -106,10 +107,13 @@ def moves(copy: Copy, shard: Shard, layout: Layout, page_bytes: int) -> tuple[li
     there: list[int] = []
     for piece in copy.pieces:
         places = arena_places(piece.extent, page_bytes)
+        group = layout.groups[piece.group]
+        base = shard.state_offset if group.is_state else shard.block_offset
         for slot, engine_block in enumerate(piece.engine_blocks, start=piece.first_slot):
-            start = shard.offset + slot * shard.slot_bytes
-            here += kv_places(layout, engine_block)
-            there += places[start : start + layout.slot_bytes]
+            if engine_block:  # block 0 is vLLM's null block
+                start = base + group.offset + slot * group.slot_bytes
+                here += kv_places(group, engine_block)
+                there += places[start : start + group.slot_bytes]
     return here, there
 
 

@@ -13,24 +13,28 @@ from itertools import product
 from typing import Any
 
 from saltern.core.blocks import BlockState
-from saltern.core.keys import Key, block_key, namespace_content, next_content, unsigned_user_key
+from saltern.core.effects import SecretsRotated
+from saltern.core.keys import Key, block_key, namespace_content, next_content, signed_user_key, unsigned_user_key
 from saltern.core.messages import Commit, Request
 from saltern.core.tenants import NO_LIMITS, Limits
+from saltern.signing import Signed, verify
 from saltern.vllm.copier import extent_slices
 from saltern.vllm.copies import Copies, Copy, Reports
-from saltern.vllm.planner import Geometry, Planner
+from saltern.vllm.geometry import Geometry, Group
+from saltern.vllm.planner import Planner
 from saltern.vllm.session import Session
 from saltern.vllm.settings import StoreMode
 from tests.vllm.server import Clock, Line, Server
 
 ENGINE_BLOCK_TOKENS = 2
 PATIENCE_SECONDS = 0.05
+LOAD_PATIENCE_SECONDS = 0.4
 STEP_SECONDS = 0.01
 NAMESPACE = b"model"
 VOCABULARY = 4  # few enough that prefixes meet
 
 Identity = tuple[str, tuple[int, ...], int]
-"""What a slot holds: (salt, all tokens up to its end, rank)."""
+"""What a slot holds: (user, all tokens up to its end, rank)."""
 
 
 class FakeBlocks:
@@ -120,6 +124,12 @@ class FakeRequest:
     ranks_failed: int = 0
     loaded_tokens: int = 0  # so far, of all its loads
     has_failed: bool = False  # one of its loads
+    signed: Signed | None = None  # whom the salt stands for, if it was signed when the request came
+
+    @property
+    def user(self) -> str:
+        """Return what its user is known by: of a signed salt, all but the signature."""
+        return self.salt if self.signed is None else self.salt.rpartition(".")[0]
 
     @property
     def num_tokens(self) -> int:
@@ -149,6 +159,8 @@ class Engine:
         store: StoreMode = StoreMode.PROMPT,
         limits: Limits = NO_LIMITS,
         naming_secret: bytes | None = None,
+        signing_secrets: tuple[bytes, ...] = (),
+        strict: bool = False,
         local_hits: bool = False,
     ) -> None:
         self.clock = Clock()
@@ -156,6 +168,7 @@ class Engine:
         self.slots = slots
         self.block_tokens = slots * ENGINE_BLOCK_TOKENS
         self.server = Server(self.clock, pages=pages, page_bytes=2, ranks=ranks, limits=limits)
+        self.rotate(signing_secrets)
         self.server.before_commit = self._check_commit  # type: ignore[method-assign]
         self.session = Session(
             "server.sock",
@@ -172,12 +185,14 @@ class Engine:
         self.planner = Planner(
             session=self.session,
             blocks=self.blocks,
-            geometry=Geometry(block_tokens=self.block_tokens, engine_block_tokens=ENGINE_BLOCK_TOKENS),
+            geometry=Geometry(self.block_tokens, (Group(ENGINE_BLOCK_TOKENS),)),
             namespace=NAMESPACE,
             ranks=ranks,
             store=store,
             naming_secret=naming_secret,
+            strict=strict,
             patience_seconds=PATIENCE_SECONDS,
+            load_patience_seconds=LOAD_PATIENCE_SECONDS,
             clock=self.clock,
         )
         self.waiting: list[FakeRequest] = []
@@ -205,10 +220,16 @@ class Engine:
         """Return the messages of one type, in order."""
         return [message for message in self.sent if isinstance(message, kind)]
 
+    def rotate(self, signing_secrets: tuple[bytes, ...]) -> None:
+        """Have the server name other secrets, and the news arrive."""
+        self.signing_secrets = self.server.signing_secrets = signing_secrets
+        self.server.tell(SecretsRotated(signing_secrets))
+        self.clock.advance(STEP_SECONDS)
+
     def ready_blocks(self, salt: str) -> int:
         """Return how many READY blocks a user has."""
         identity_by_key = self._identities()
-        users = self.server.cache.tenant.user_by_id.values()
+        users = self.server.cache.default_tenant.user_by_id.values()
         return sum(
             block.state is BlockState.READY and identity_by_key[key][0] == salt
             for user in users
@@ -224,6 +245,7 @@ class Engine:
     def arrive(self, tokens: Sequence[Any], salt: str = "", *, outputs: int = 1) -> FakeRequest:
         """Add a request; it waits for the next step."""
         request = FakeRequest(f"r{len(self.requests)}", salt, list(tokens), len(tokens), outputs_left=outputs)
+        request.signed = verify(salt, self.signing_secrets)
         self.planner.add(request, salt)
         self.waiting.append(request)
         self.requests.append(request)
@@ -262,6 +284,7 @@ class Engine:
     def step(self, budget: int = 1_000_000) -> Copies:
         """Schedule, plan, and compute up to `budget` tokens; the workers' copies begin but don't run yet."""
         self.clock.advance(STEP_SECONDS)
+        self.planner.end_step()  # the one before, which took that long
         scheduled: dict[str, int] = {}
         computing: list[FakeRequest] = []
         is_short = False
@@ -285,8 +308,8 @@ class Engine:
             self._admit_waiting(budget, scheduled, computing)
         computing = [request for request in computing if request in self.running]
         scheduled = {request.request_id: scheduled[request.request_id] for request in computing}
-        blocks_by_id = {request.request_id: tuple(request.block_ids) for request in computing}
-        copies = self.planner.plan(scheduled, blocks_by_id.get)
+        tables_by_id = {request.request_id: (tuple(request.block_ids),) for request in computing}
+        copies = self.planner.plan(scheduled, tables_by_id.get)
         for rank in self.ranks:
             rank.pending += [(copy, False) for copy in copies.loads] + [(copy, True) for copy in copies.stores]
         for request in computing:
@@ -329,7 +352,7 @@ class Engine:
             return 0
         request.block_ids += block_ids
         request.num_computed_tokens = computed
-        self.planner.admit(request.request_id, request.block_ids, 0)
+        self.planner.admit(request.request_id, (request.block_ids,), 0)
         self.waiting.remove(request)
         self.running.append(request)
         return tokens
@@ -346,7 +369,7 @@ class Engine:
         request.num_computed_tokens = len(request.block_ids) * ENGINE_BLOCK_TOKENS
         request.is_loading = True
         request.ranks_loaded = request.ranks_failed = 0
-        self.planner.admit(request.request_id, request.block_ids, matched)
+        self.planner.admit(request.request_id, (request.block_ids,), matched)
         return True
 
     def _allocate(self, local: list[int], count: int) -> list[int] | None:
@@ -375,7 +398,7 @@ class Engine:
         for number, rank in enumerate(self.ranks):
             for index in range(start // ENGINE_BLOCK_TOKENS, -(-end // ENGINE_BLOCK_TOKENS)):
                 upto = min((index + 1) * ENGINE_BLOCK_TOKENS, end)
-                rank.kv[request.block_ids[index]] = (request.salt, tuple(request.all_token_ids[:upto]), number)
+                rank.kv[request.block_ids[index]] = (request.user, tuple(request.all_token_ids[:upto]), number)
         self._know_locally(request, end // ENGINE_BLOCK_TOKENS)
         request.num_computed_tokens = end
         if end < request.num_tokens:
@@ -483,7 +506,7 @@ class Engine:
             self.server.serve(line)
         cache = self.server.cache
         assert not self.server.leases(), "leases are left on the server"
-        pins = [block.pins for user in cache.tenant.user_by_id.values() for block in user.block_by_key.values()]
+        pins = [block.pins for user in cache.default_tenant.user_by_id.values() for block in user.block_by_key.values()]
         assert not any(pins), "blocks are pinned although there is no lease"
 
     # What must hold
@@ -494,7 +517,7 @@ class Engine:
             for index in range(first, end):
                 tokens = tuple(request.all_token_ids[: (index + 1) * ENGINE_BLOCK_TOKENS])
                 held = rank.kv.get(request.block_ids[index])
-                assert held == (request.salt, tokens, number), f"slot {index} of {request.request_id} holds {held}"
+                assert held == (request.user, tokens, number), f"slot {index} of {request.request_id} holds {held}"
 
     def _check_commit(self, commit: Commit) -> None:
         """Check that every byte of what is published is what its key promises."""
@@ -505,26 +528,30 @@ class Engine:
         identity_by_key = self._identities()
         for block in lease.blocks:
             assert block.key in identity_by_key, "published under a key that no user's tokens have"
-            salt, tokens = identity_by_key[block.key]
+            user, tokens = identity_by_key[block.key]
             for number in range(len(self.ranks)):
                 for slot in range(self.slots):
                     (part,) = extent_slices(block.extent, number * self.slots + slot, 1, 2)
                     upto = len(tokens) - (self.slots - 1 - slot) * ENGINE_BLOCK_TOKENS
                     held = self._arena.get((self.server.lives, part.start))
-                    assert held == (salt, tokens[:upto], number), f"published {held} as {(salt, tokens[:upto])}"
+                    assert held == (user, tokens[:upto], number), f"published {held} as {(user, tokens[:upto])}"
 
     def _identities(self) -> dict[Key, tuple[str, tuple[int, ...]]]:
-        """Return (salt, tokens) of every full prefix of every request so far, by the key derived here once more."""
+        """Return (user, tokens) of every full prefix of every request so far, by the key derived here once more."""
         identity_by_key = {}
         for request, namespace in product(self.requests, self.namespaces):
-            user_key = unsigned_user_key(self.naming_secret or self.server.secret, request.salt)
+            secret, signed = self.naming_secret or self.server.secret, request.signed
+            if signed is None:
+                user_key = unsigned_user_key(secret, request.salt)
+            else:
+                user_key = signed_user_key(secret, signed.tenant, signed.user, signed.epoch)
             content = namespace_content(namespace)
             tokens = request.all_token_ids
             for end in range(self.block_tokens, request.num_tokens + 1, self.block_tokens):
                 if not all(isinstance(token, int) and -(2**31) <= token < 2**31 for token in tokens[:end]):
                     break
                 content = next_content(content, array("i", tokens[end - self.block_tokens : end]).tobytes())
-                identity_by_key[block_key(user_key, content)] = (request.salt, tuple(tokens[:end]))
+                identity_by_key[block_key(user_key, content)] = (request.user, tuple(tokens[:end]))
         return identity_by_key
 
     def _local_prefix(self, request: FakeRequest) -> list[int]:
@@ -532,7 +559,7 @@ class Engine:
         found: list[int] = []
         while self._local_hits and (len(found) + 1) * ENGINE_BLOCK_TOKENS < request.num_tokens:
             tokens = tuple(request.all_token_ids[: (len(found) + 1) * ENGINE_BLOCK_TOKENS])
-            block_id = self.blocks.find((request.salt, tokens, 0))
+            block_id = self.blocks.find((request.user, tokens, 0))
             if block_id is None:
                 break
             found.append(block_id)

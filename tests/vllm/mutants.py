@@ -8,9 +8,11 @@ import pytest
 from saltern.core.extents import Extent
 from saltern.core.keys import UserKey, unsigned_user_key
 from saltern.core.messages import Commit, Release
-from saltern.vllm import planner
+from saltern.vllm import names, planner
 from saltern.vllm.copies import Piece, Reports
-from saltern.vllm.planner import Operation, Planner, Track
+from saltern.vllm.names import Names
+from saltern.vllm.planner import Operation, Planner
+from saltern.vllm.track import Track
 
 
 def drops_the_salt(patch: pytest.MonkeyPatch) -> None:
@@ -19,7 +21,7 @@ def drops_the_salt(patch: pytest.MonkeyPatch) -> None:
     def one_key_for_all(secret: bytes, salt: str) -> UserKey:
         return unsigned_user_key(secret, "")
 
-    patch.setattr(planner, "unsigned_user_key", one_key_for_all)
+    patch.setattr(names, "unsigned_user_key", one_key_for_all)
 
 
 def swaps_the_neighbours_salts(patch: pytest.MonkeyPatch) -> None:
@@ -71,8 +73,8 @@ def releases_on_the_second_admission(patch: pytest.MonkeyPatch) -> None:
     """The end of a load's wait is taken for a hit that wasn't wanted."""
     admit = Planner.admit
 
-    def admit_and_release(self: Planner, request_id: str, block_ids: Sequence[int], loaded_tokens: int) -> None:
-        admit(self, request_id, block_ids, loaded_tokens)
+    def admit_and_release(self: Planner, request_id: str, tables: Any, loaded_tokens: int) -> None:
+        admit(self, request_id, tables, loaded_tokens)
         for operation in self._operation_by_id.values():
             if operation.track.request.request_id == request_id and not operation.is_store:
                 self._session.send(Release(operation.lease))
@@ -118,8 +120,8 @@ def commits_what_failed(patch: pytest.MonkeyPatch) -> None:
 def loads_from_the_first_slot(patch: pytest.MonkeyPatch) -> None:
     """A local hit that ends inside a block of the cache is loaded from that block's beginning."""
 
-    def piece(extent: Extent, first_slot: int, engine_blocks: tuple[int, ...]) -> Piece:
-        return Piece(extent, 0, engine_blocks)
+    def piece(extent: Extent, first_slot: int, engine_blocks: tuple[int, ...], group: int) -> Piece:
+        return Piece(extent, 0, engine_blocks, group)
 
     patch.setattr(planner, "Piece", piece)
 
@@ -136,11 +138,11 @@ def takes_speculation_for_truth(patch: pytest.MonkeyPatch) -> None:
 
 def keeps_the_keys_of_a_lost_session(patch: pytest.MonkeyPatch) -> None:
     """A new session is spoken to in the names of the last."""
-    prepare = Planner._prepare
+    prepare = Names.prepare
 
-    def prepare_once(self: Planner, track: Track, tokens: int) -> bool:
+    def prepare_once(self: Names, track: Track, tokens: int) -> bool:
         if track.incarnation:
             track.incarnation = self._session.incarnation
         return prepare(self, track, tokens)
 
-    patch.setattr(Planner, "_prepare", prepare_once)
+    patch.setattr(Names, "prepare", prepare_once)

@@ -2,14 +2,31 @@
 
 import os
 from collections import deque
+from collections.abc import Iterable
 from typing import Any
 
 from saltern.client.control import ConnectionLost
 from saltern.core.cache import Cache
-from saltern.core.effects import Close, Disconnected, Effect, Event, Gone, Received, Send
+from saltern.core.effects import (
+    Close,
+    Disconnected,
+    Effect,
+    Event,
+    ForgetRecords,
+    Gone,
+    Logged,
+    ReadRecord,
+    Received,
+    Send,
+    WipePages,
+    Work,
+    WriteRecord,
+)
+from saltern.core.extents import Extent
 from saltern.core.keys import SECRET_BYTES
 from saltern.core.leases import ConnectionId
 from saltern.core.messages import (
+    DEFAULT_TENANT,
     NAME_BYTES,
     Attached,
     Commit,
@@ -93,7 +110,17 @@ class Line:
 class Server:
     """The cache, its connections, and the lifelines of one engine's workers."""
 
-    def __init__(self, clock: Clock, *, pages: int, page_bytes: int, ranks: int, limits: Limits = NO_LIMITS) -> None:
+    def __init__(
+        self,
+        clock: Clock,
+        *,
+        pages: int,
+        page_bytes: int,
+        ranks: int,
+        limits: Limits = NO_LIMITS,
+        disk_pages: int = 0,
+        disk_limits: Limits = NO_LIMITS,
+    ) -> None:
         self.clock = clock
         self.reply_seconds = ROUND_TRIP_SECONDS
         self.is_frozen = False
@@ -102,23 +129,39 @@ class Server:
         self.workers = tuple(os.urandom(NAME_BYTES) for _ in range(ranks))
         self.attached = b""  # the incarnation whose leases the workers may use
         self.lives = 0
-        self._shape = (pages, page_bytes, limits)
+        self.signing_secrets: tuple[bytes, ...] = ()  # a restart keeps them
+        self._shape = (pages, page_bytes, limits, disk_pages, disk_limits)
         self._connections = 0
         self._lines: dict[ConnectionId, Line] = {}
         self._lifelines: set[ConnectionId] = set()
         self._start()
 
     def _start(self) -> None:
-        self.secret = os.urandom(SECRET_BYTES)
+        self.secret = self._make_secret()
         self.cache = self._empty()
         self.lives += 1
         self.attach_workers()
 
+    def _make_secret(self) -> bytes:
+        return os.urandom(SECRET_BYTES)
+
     def _empty(self) -> Cache:
-        pages, page_bytes, limits = self._shape
-        return Cache(pages=pages, page_bytes=page_bytes, limits=limits, naming_secret=self.secret)
+        pages, page_bytes, limits, disk_pages, disk_limits = self._shape
+        return Cache(
+            pages=pages,
+            page_bytes=page_bytes,
+            tenants={DEFAULT_TENANT: limits},
+            disk_pages=disk_pages,
+            disk_tenants={DEFAULT_TENANT: disk_limits},
+            naming_secret=self.secret,
+            signing_secrets=self.signing_secrets,
+        )
 
     # What a test does to it
+
+    def tell(self, event: Event) -> None:
+        """Hand the cache an event that no connection sent."""
+        self._handle(event)
 
     def attach_workers(self) -> None:
         """Have every worker open a lifeline, unless they have."""
@@ -200,7 +243,10 @@ class Server:
             self._handle(Gone(line.connection))
 
     def _handle(self, event: Event) -> None:
-        effects: deque[Effect] = deque(self.cache.handle(event, self.clock()))
+        self._carry_out(self.cache.handle(event, self.clock()))
+
+    def _carry_out(self, asked: Iterable[Effect]) -> None:
+        effects = deque(asked)
         while effects:
             match effects.popleft():
                 case Send(connection, message) if connection in self._lifelines:
@@ -212,8 +258,19 @@ class Server:
                     line = self._lines[connection]
                     assert len(line.sent) == 1, f"the engine broke the protocol: {reason}"  # more than a hello
                     self.disconnect(line)
-                case _:
+                case WriteRecord() | ReadRecord() | ForgetRecords() as work:
+                    self.perform(work)
+                case WipePages(extent):
+                    self.wipe(extent)
+                case Logged():
                     pass
+
+    def perform(self, work: Work) -> None:
+        """Do what is asked of the disk; a server in memory has none."""
+        raise AssertionError(f"there is no disk for {work}")
+
+    def wipe(self, extent: Extent) -> None:
+        """Overwrite pages of the arena, which has no bytes here."""
 
     def _tell_worker(self, connection: ConnectionId, message: Reply) -> None:
         match message:

@@ -14,9 +14,12 @@ from vllm.lora.request import LoRARequest
 from vllm.pooling_params import PoolingParams
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
 import saltern.vllm
+from saltern.vllm.adapters import FilesState
 from saltern.vllm.connector import (
     PooledBlocks,
     SalternConnector,
@@ -30,9 +33,12 @@ from saltern.vllm.connector import (
 from saltern.vllm.copier import CpuCopier, Shard
 from saltern.vllm.copies import Copies, Copy, Piece, Reports
 from saltern.vllm.devices import make_copier
+from saltern.vllm.geometry import Geometry, Group
 from saltern.vllm.layout import LayoutError
-from saltern.vllm.planner import Geometry
+from saltern.vllm.names import SaltCounts
+from saltern.vllm.planner import DiskCounts
 from saltern.vllm.settings import Settings, SettingsError
+from saltern.vllm.versions import VersionError, disk_hit_source
 from tests.vllm.arena import make_layout
 
 
@@ -45,12 +51,14 @@ def make_config(**changes: Any) -> Any:
             kv_connector_extra_config={"saltern.socket": "/nowhere/saltern.sock"},
             engine_id="engine",
         ),
-        cache_config=SimpleNamespace(cache_dtype="auto", block_size=16),
+        cache_config=SimpleNamespace(cache_dtype="auto"),
         model_config=SimpleNamespace(is_encoder_decoder=False),
         parallel_config=SimpleNamespace(
             nnodes=1, decode_context_parallel_size=1, prefill_context_parallel_size=1, world_size=2, rank=0
         ),
         speculative_config=None,
+        lora_config=None,
+        kv_events_config=None,
     )
     for path, value in changes.items():
         part, _, name = path.partition("__")
@@ -59,6 +67,12 @@ def make_config(**changes: Any) -> Any:
         else:
             setattr(config, part, value)
     return config
+
+
+def kv_config_of(engine_tokens: int) -> KVCacheConfig:
+    """Return the description of a KV cache of one group of full attention."""
+    spec = FullAttentionSpec(block_size=engine_tokens, num_kv_heads=1, head_size=8, dtype=torch.bfloat16)
+    return KVCacheConfig(num_blocks=4, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)])
 
 
 def make_request(*, pooling: bool = False, sampling: dict[str, Any] | None = None, **changes: Any) -> Request:
@@ -106,18 +120,20 @@ class TestStart:
         with pytest.raises(SettingsError, match=told):
             _check_start(make_config(**changes))
 
-    @pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "0.33.0rc1", "1.0.0"])
-    def test_another_vllm_is_refused(self, version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(vllm, "__version__", version)
-        with pytest.raises(SettingsError, match=f"this is {version}"):
+    def test_another_vllm_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(vllm, "__version__", "1.0.0")
+        with pytest.raises(VersionError, match=r"this is 1\.0\.0"):
             _check_start(make_config())
 
-    @pytest.mark.parametrize("version", ["0.32.0", "0.32.7", "0.32.1rc1", "0.32.0+cpu"])
-    def test_releases_and_builds_of_the_supported_vllm_are_accepted(
-        self, version: str, monkeypatch: pytest.MonkeyPatch
+    @pytest.mark.parametrize("role", KVConnectorRole)
+    def test_events_that_hold_salts_are_warned_of_once_an_engine(
+        self, role: KVConnectorRole, caplog: pytest.LogCaptureFixture
     ) -> None:
-        monkeypatch.setattr(vllm, "__version__", version)
-        _check_start(make_config())
+        for enabled in (False, True):
+            config = make_config(kv_events_config=SimpleNamespace(enable_kv_cache_events=enabled))
+            with caplog.at_level("WARNING", "saltern"):
+                SalternConnector(config, role, kv_config_of(16))
+            assert ("--kv-events-config" in caplog.text) == (enabled and role is KVConnectorRole.SCHEDULER)
 
     @pytest.mark.parametrize(
         ("engine_tokens", "setting", "block_tokens"),
@@ -126,20 +142,19 @@ class TestStart:
     def test_a_block_is_a_multiple_of_the_engines(
         self, engine_tokens: int, setting: int | None, block_tokens: int
     ) -> None:
-        config = make_config(cache_config__block_size=engine_tokens)
-        geometry = _geometry(config, Settings(socket="", block_tokens=setting))
-        assert geometry == Geometry(block_tokens=block_tokens, engine_block_tokens=engine_tokens)
+        geometry = _geometry(kv_config_of(engine_tokens), Settings(socket="", block_tokens=setting))
+        assert geometry == Geometry(block_tokens, (Group(engine_tokens),))
 
     @pytest.mark.parametrize("setting", [0, -16, 8, 24])
     def test_a_block_that_is_none_is_refused(self, setting: int) -> None:
         with pytest.raises(SettingsError, match=f"saltern.block_tokens is {setting}, but must be a multiple"):
-            _geometry(make_config(), Settings(socket="", block_tokens=setting))
+            _geometry(kv_config_of(16), Settings(socket="", block_tokens=setting))
 
     def test_a_scheduler_that_hears_of_no_or_not_all_workers_is_refused(self) -> None:
         connector = make_connector()
         with pytest.raises(LayoutError, match="0 of 2 workers"):
             connector.set_xfer_handshake_metadata_pp_aware({})
-        alone = SalternHandshake(b"n" * 16, rank=1, slot_bytes=8, facts={})
+        alone = SalternHandshake(b"n" * 16, rank=1, block_bytes=8, state_bytes=0, replicas=1, facts={})
         with pytest.raises(LayoutError, match="1 of 2 workers"):
             connector.set_xfer_handshake_metadata_pp_aware({(0, 1): alone})
 
@@ -190,6 +205,9 @@ class TestSalts:
         assert _salt_of(make_request(cache_salt="alice", sampling=hostile), require_salt=False) == "alice"
 
 
+SHARD = Shard(0, 0, is_writer=True)
+
+
 class Recorder:
     """A planner that notes what it is told."""
 
@@ -197,31 +215,56 @@ class Recorder:
         self.calls: list[Any] = []
         self.matched: int | None = 0
         self.has_unfinished_work = self.has_stores_in_flight = True
+        self.from_disk = 0
 
-    def add(self, request: Any, salt: str, extras: bytes = b"") -> None:
+    def add(
+        self, request: Any, salt: str, extras: bytes = b"", mark: Any = None, *, only_published: bool = False
+    ) -> None:
+        assert mark is None
+        assert not only_published
         self.calls.append(("add", request.request_id, salt, extras))
 
     def match(self, request_id: str, local_tokens: int) -> int | None:
         self.calls.append(("match", request_id, local_tokens))
         return self.matched
 
-    def admit(self, request_id: str, block_ids: Any, loaded_tokens: int) -> None:
-        self.calls.append(("admit", request_id, list(block_ids), loaded_tokens))
+    def admit(self, request_id: str, tables: Any, loaded_tokens: int) -> None:
+        self.calls.append(("admit", request_id, tables, loaded_tokens))
 
-    def plan(self, scheduled_tokens: Any, block_ids_of: Any) -> Copies:
-        self.calls.append(("plan", dict(scheduled_tokens), {name: block_ids_of(name) for name in scheduled_tokens}))
+    def plan(self, scheduled_tokens: Any, tables_of: Any) -> Copies:
+        self.calls.append(("plan", dict(scheduled_tokens), {name: tables_of(name) for name in scheduled_tokens}))
         return Copies()
 
     def remove(self, request_id: str) -> None:
         self.calls.append(("remove", request_id))
+
+    def disk_tokens(self, request_id: str, loaded_tokens: int) -> int:
+        return self.from_disk
+
+    def end_step(self) -> None:
+        self.calls.append(("end step",))
+
+    def take_salt_counts(self) -> SaltCounts:
+        return SaltCounts()
+
+    def take_disk_counts(self) -> DiskCounts:
+        return DiskCounts(loads=self.from_disk)
+
+    def spoil(self, *failed: Any) -> None:
+        self.calls.append(("spoil", *failed))
+
+    def report(self, reports: Reports) -> None:
+        self.calls.append(("report", reports))
+
+    def reset(self, namespace: bytes) -> None:
+        self.calls.append(("reset", namespace))
 
 
 def make_connector(planner: Any = None, **extra: Any) -> SalternConnector:
     """Return a scheduler's connector, before its start or with a planner given to it."""
     config = make_config()
     config.kv_transfer_config.kv_connector_extra_config.update(extra)
-    kv_config: Any = SimpleNamespace()
-    connector = SalternConnector(config, KVConnectorRole.SCHEDULER, kv_config)
+    connector = SalternConnector(config, KVConnectorRole.SCHEDULER, kv_config_of(16))
     connector._planner = planner
     return connector
 
@@ -234,7 +277,7 @@ class TestScheduler:
         request = make_request()
         connector.on_new_request(request)
         assert connector.get_num_new_matched_tokens(request, 0) == (0, False)
-        assert connector.request_finished(request, []) == (False, None)
+        assert connector.request_finished_all_groups(request, ([],)) == (False, None)
         assert not connector.has_pending_push_work()
         assert not connector.has_pending_block_frees()
         assert connector.reset_cache()
@@ -269,6 +312,25 @@ class TestScheduler:
         assert make_connector(planner).get_num_new_matched_tokens(make_request(), 32) == answer
         assert planner.calls == [("match", "r", 32)]
 
+    @pytest.mark.skipif(disk_hit_source() is None, reason="this vLLM doesn't tell sources apart")
+    @pytest.mark.parametrize(
+        ("from_disk", "by_source"), [(0, {"host": 96}), (32, {"disk": 32, "host": 64}), (96, {"disk": 96})]
+    )
+    def test_vllm_is_told_what_came_from_the_disk(self, from_disk: int, by_source: dict[str, int]) -> None:
+        planner = Recorder()
+        planner.from_disk = from_disk
+        told = make_connector(planner).get_external_cache_hit_sources(make_request(), 96)
+        assert {source.value: tokens for source, tokens in told.items()} == by_source
+
+    def test_a_step_ends_once_when_vllm_asks_for_statistics(self) -> None:
+        planner = Recorder()
+        assert make_connector(planner).get_kv_connector_stats() is None
+        assert planner.calls == [("end step",)]
+        planner.from_disk = 3
+        stats = make_connector(planner).get_kv_connector_stats()
+        assert stats is not None
+        assert stats.data["disk"]["loads"] == 3
+
     def test_speculated_tokens_are_left_out_and_blocks_are_the_requests_own(self) -> None:
         planner = Recorder()
         blocks = {"a": ([1, 2],), "b": None}
@@ -278,27 +340,42 @@ class TestScheduler:
             kv_connector_block_state=SimpleNamespace(get_block_ids=blocks.get),
         )
         connector = make_connector(planner)
-        connector._shards = (Shard(0, 8),)
-        assert connector.build_connector_meta(output) == SalternMetadata(Copies(), (Shard(0, 8),))
-        assert planner.calls == [("plan", {"a": 2, "b": 1}, {"a": [1, 2], "b": None})]
+        connector._shards = (SHARD,)
+        assert connector.build_connector_meta(output) == SalternMetadata(Copies(), (SHARD,))
+        assert planner.calls == [("plan", {"a": 2, "b": 1}, {"a": ([1, 2],), "b": None})]
 
     def test_a_finished_requests_blocks_are_never_delayed(self) -> None:
         planner = Recorder()
         connector = make_connector(planner)
-        assert connector.request_finished(make_request(), [1, 2]) == (False, None)
+        assert connector.request_finished_all_groups(make_request(), ([1, 2],)) == (False, None)
         assert planner.calls == [("remove", "r")]
         assert connector.has_pending_push_work()
         assert connector.has_pending_block_frees()
 
     def test_what_crosses_to_the_workers_and_back_survives_the_way(self) -> None:
         copies = Copies(loads=[Copy(1, b"i", "r", (Piece((), 0, (1, 2)),))])
-        for sent in (SalternMetadata(copies, (Shard(0, 8),)), SalternReports(Reports({1: 1}, {2: 1}))):
+        for sent in (SalternMetadata(copies, (SHARD,)), SalternReports(Reports({1: 1}, {2: 1}))):
             assert pickle.loads(pickle.dumps(sent)) == sent  # noqa: S301  # vLLM's way between its own processes
 
     def test_reports_of_ranks_add_up(self) -> None:
-        total = SalternReports(Reports(done={1: 1}, failed={2: 1}))
-        total = total.aggregate(SalternReports(Reports(done={1: 1, 3: 1}, failed={2: 1})))
+        total = SalternReports(Reports(done={1: 1}, failed={2: 1}), {0: {7: FilesState(b"a")}})
+        total = total.aggregate(SalternReports(Reports(done={1: 1, 3: 1}, failed={2: 1}), {1: {7: FilesState(b"b")}}))
         assert total.reports == Reports(done={1: 2, 3: 1}, failed={2: 2})
+        assert total.loaded == {0: {7: b"a"}, 1: {7: b"b"}}
+
+    def test_an_adapter_that_becomes_another_ends_what_was_begun_with_it(self) -> None:
+        planner = Recorder()
+        connector = make_connector(planner)
+        states = {"first": [b"a", b"a"], "again": [b"a", b"a"], "of one rank": [b"a", b"b"], "of all": [b"b", b"b"]}
+        resets = {}
+        for when, (one, other) in states.items():
+            loaded = {0: {7: FilesState(one)}, 1: {7: FilesState(other)}}
+            planner.calls.clear()
+            reports = SalternReports(Reports(), loaded)
+            connector.update_connector_output(KVConnectorOutput(kv_connector_worker_meta=reports))
+            resets[when] = [call for call in planner.calls if call[0] == "reset"]
+        same_namespace = [("reset", connector._namespace)]
+        assert resets == {"first": [], "again": [], "of one rank": same_namespace, "of all": same_namespace}
 
 
 class TestBlocks:
@@ -322,13 +399,13 @@ class TestDevices:
     """The worker's KV cache is found behind whatever view of it vLLM hands over."""
 
     def test_a_layers_view_leads_to_the_whole_buffer(self) -> None:
-        layout, size = make_layout([(2, 32)], blocks=4, layers_first=True)
+        layout, size = make_layout([(2, 32)], blocks=4, slots=1, layers_first=True)
         buffer = torch.arange(size, dtype=torch.int64).to(torch.int8)
         layer = buffer.view(torch.bfloat16)[64:].view(4, 1, 2, 8)
         lifeline: Any = SimpleNamespace()
         copier = make_copier(layer, layout, lifeline)
         assert isinstance(copier, CpuCopier)
-        (pages,) = copier._pages
+        ((pages,),) = copier._pages
         assert pages.shape == (4, 2, 32)
         assert (pages[1, 1] == np.arange(128 + 32, 128 + 64).astype(np.uint8)).all()
         pages[3, 1] = 7

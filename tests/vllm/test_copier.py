@@ -1,10 +1,12 @@
 """Tests of the copier for CPUs: any layout, any extent, byte by byte, and nothing else touched."""
 
 import os
+import resource
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 from saltern.core.extents import Extent, Run
 from saltern.vllm.copier import CpuCopier, Shard, extent_slices
 from saltern.vllm.copies import Copy, Piece
-from saltern.vllm.layout import Layout
+from saltern.vllm.layout import GroupPages, Layout
 from tests.vllm.arena import INCARNATION, FakeLifeline, arena_places, await_finished, make_layout, moves
 
 PAGES = 64
@@ -38,25 +40,45 @@ def extents(draw: st.DrawFn, *, pages: int, of: list[int]) -> Extent:
 
 
 @st.composite
+def layouts(draw: st.DrawFn, *, blocks: int, slots: int) -> tuple[Layout, int]:
+    """Return a layout of one group or of two, and the bytes of the buffer that holds them one after the other."""
+    groups: list[GroupPages] = []
+    size = 0
+    for _ in range(draw(st.integers(1, 2))):
+        shapes = draw(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 40)), min_size=1, max_size=3))
+        layout, size = make_layout(
+            shapes,
+            blocks=blocks,
+            slots=slots,
+            layers_first=draw(st.booleans()),
+            offset=size + draw(st.sampled_from([0, 8, 13])),
+        )
+        groups.append(replace(layout.groups[0], offset=groups[-1].end if groups else 0))
+    return Layout(groups=tuple(groups), blocks=blocks), size
+
+
+@st.composite
 def cases(draw: st.DrawFn) -> tuple[Layout, int, int, list[Shard], Copy, Copy]:
     """Return a layout, its buffer's bytes, a page size, the ranks' shards, a store, and a load of its bytes."""
     blocks = draw(st.integers(8, 12))
-    shapes = draw(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 40)), min_size=1, max_size=3))
-    layout, size = make_layout(
-        shapes, blocks=blocks, layers_first=draw(st.booleans()), offset=draw(st.sampled_from([0, 8, 13]))
-    )
     slots, ranks = draw(st.integers(1, 3)), draw(st.integers(1, 2))
-    shards = [Shard(offset=rank * slots * layout.slot_bytes, slot_bytes=layout.slot_bytes) for rank in range(ranks)]
-    block_bytes = slots * ranks * layout.slot_bytes
+    layout, size = draw(layouts(blocks=blocks, slots=slots))
+    shards = [
+        Shard(rank * layout.block_bytes, state_offset=rank * layout.state_bytes, is_writer=True)
+        for rank in range(ranks)
+    ]
+    block_bytes = ranks * layout.block_bytes
     page_bytes = draw(st.sampled_from([-(-block_bytes // pages) for pages in (1, 2, 3, 7)]))
     free, stores, loads = list(range(PAGES)), [], []
-    sources = draw(st.permutations(range(blocks)))
-    targets = draw(st.permutations(range(blocks)))
-    for _ in range(draw(st.integers(1, 2))):
-        extent = draw(extents(pages=-(-block_bytes // page_bytes), of=free))
+    sources = draw(st.permutations(range(1, blocks)))
+    targets = draw(st.permutations(range(1, blocks)))
+    extent = draw(extents(pages=-(-block_bytes // page_bytes), of=free))
+    for group in range(len(layout.groups)):
         first = draw(st.integers(0, slots - 1))
-        stores.append(Piece(extent, 0, tuple(sources.pop() for _ in range(slots))))
-        loads.append(Piece(extent, first, tuple(targets.pop() for _ in range(slots - first))))
+        null = draw(st.integers(0, slots))  # so many of the first slots are needed no more
+        stored = [0 if slot < null else sources.pop() for slot in range(slots)]
+        stores.append(Piece(extent, 0, tuple(stored), group))
+        loads.append(Piece(extent, first, tuple(targets.pop() if stored[i] else 0 for i in range(first, slots)), group))
     store = Copy(1, INCARNATION, "stored", tuple(stores))
     load = Copy(2, INCARNATION, "loaded", tuple(loads))
     return layout, size, page_bytes, shards, store, load
@@ -139,29 +161,30 @@ class AsLateAsCanBe(Executor):
 class TestFailures:
     """A copy that can't be made is reported as failed, and leaves every byte as it was."""
 
-    layout, size = make_layout([(2, 8), (1, 16)], blocks=4, layers_first=True)  # 32 bytes a slot
-    shard = Shard(offset=0, slot_bytes=32)
+    layout, size = make_layout([(2, 8), (1, 16)], blocks=5, slots=2, layers_first=True)  # 32 bytes a slot
+    shard = Shard(block_offset=0, state_offset=0, is_writer=True)
 
     @pytest.mark.parametrize("is_store", [True, False])
     @pytest.mark.parametrize(
         "bad",
         [
-            pytest.param(Piece((Run(start=8, count=1),), 0, (2, 3)), id="extent-short"),
+            pytest.param(Piece((Run(start=8, count=1),), 0, (3, 4)), id="extent-short"),
             pytest.param(
-                Piece((Run(start=8, count=1), Run(start=2, count=1)), 1, (2, 3)), id="extent-short-in-two-runs"
+                Piece((Run(start=8, count=1), Run(start=2, count=1)), 1, (3, 4)), id="extent-short-in-two-runs"
             ),
-            pytest.param(Piece((Run(start=15, count=2),), 0, (2, 3)), id="past-the-arena"),
+            pytest.param(Piece((Run(start=15, count=2),), 0, (3, 4)), id="past-the-arena"),
             pytest.param(
-                Piece((Run(start=2, count=1), Run(start=16, count=1)), 0, (2, 3)), id="past-the-arena-in-two-runs"
+                Piece((Run(start=2, count=1), Run(start=16, count=1)), 0, (3, 4)), id="past-the-arena-in-two-runs"
             ),
-            pytest.param(Piece((Run(start=1000, count=2),), 0, (2, 3)), id="far-past-the-arena"),
-            pytest.param(Piece((Run(start=-3, count=2),), 0, (2, 3)), id="before-the-arena"),
-            pytest.param(Piece((Run(start=8, count=2),), 0, (2, 4)), id="no-such-engine-block"),
-            pytest.param(Piece((Run(start=8, count=2),), 0, (-1, 2)), id="negative-engine-block"),
+            pytest.param(Piece((Run(start=1000, count=2),), 0, (3, 4)), id="far-past-the-arena"),
+            pytest.param(Piece((Run(start=-3, count=2),), 0, (3, 4)), id="before-the-arena"),
+            pytest.param(Piece((Run(start=8, count=2),), 0, (3, 5)), id="no-such-engine-block"),
+            pytest.param(Piece((Run(start=8, count=2),), 0, (-1, 3)), id="negative-engine-block"),
+            pytest.param(Piece((Run(start=8, count=3),), 1, (3, 4)), id="no-such-slot"),
         ],
     )
     def test_what_lies_outside_fails_the_copy_and_nothing_is_touched(self, bad: Piece, is_store: bool) -> None:
-        good = Piece((Run(start=0, count=2),), 0, (0, 1))
+        good = Piece((Run(start=0, count=2),), 0, (1, 2))
         kv = np.random.default_rng(1).integers(0, 256, self.size, dtype=np.uint8)
         with lifeline_of(pages=16, page_bytes=32) as lifeline, copier_of(kv, self.layout, lifeline) as copier:
             kv_before, arena_before = kv.copy(), lifeline.bytes
@@ -182,7 +205,7 @@ class TestFailures:
             lifeline.is_attached = lost != "not attached"
             kv_before, arena_before = kv.copy(), lifeline.bytes
             incarnation = b"o" * 16 if lost == "other incarnation" else INCARNATION
-            copy = Copy(1, incarnation, "r", (Piece((Run(start=0, count=2),), 0, (0, 1)),))
+            copy = Copy(1, incarnation, "r", (Piece((Run(start=0, count=2),), 0, (1, 2)),))
             copier.submit(copy, self.shard, is_store=is_store)
             (ended,) = await_finished(copier, 1)
             assert ended[:3] == (copy, is_store, True)
@@ -191,7 +214,7 @@ class TestFailures:
 
     def test_a_load_does_not_wait_for_a_store(self) -> None:
         kv = np.zeros(self.size, dtype=np.uint8)
-        copy = Copy(1, INCARNATION, "r", (Piece((Run(start=0, count=2),), 0, (0, 1)),))
+        copy = Copy(1, INCARNATION, "r", (Piece((Run(start=0, count=2),), 0, (1, 2)),))
         with lifeline_of(pages=16, page_bytes=32) as lifeline, copier_of(kv, self.layout, lifeline) as copier:
             lifeline.gated = lambda: threading.current_thread().name.startswith("saltern-store")
             copier.submit(copy, self.shard, is_store=True)
@@ -204,17 +227,18 @@ class TestFailures:
 
     def test_a_load_is_over_only_when_its_slower_thread_is(self) -> None:
         kv = np.zeros(self.size, dtype=np.uint8)
-        pieces = (Piece((Run(start=0, count=2),), 0, (0, 1)), Piece((Run(start=2, count=2),), 0, (2, 3)))
+        pieces = (Piece((Run(start=0, count=2),), 0, (1, 2)), Piece((Run(start=2, count=2),), 0, (3, 4)))
         with lifeline_of(pages=16, page_bytes=32) as lifeline, copier_of(kv, self.layout, lifeline) as copier:
             copier._helper = AsLateAsCanBe()  # type: ignore[assignment]
             copier.submit(Copy(1, INCARNATION, "r", pieces), self.shard, is_store=False)
             (ended,) = await_finished(copier, 1)
             assert not ended.is_failed
-            assert sorted(kv) == sorted(lifeline.bytes[: self.size])
+            here, there = moves(Copy(1, INCARNATION, "r", pieces), self.shard, self.layout, 32)
+            assert (kv[here] == lifeline.bytes[there]).all()
 
     def test_a_load_fails_with_either_thread(self) -> None:
         kv = np.zeros(self.size, dtype=np.uint8)
-        piece = Piece((Run(start=0, count=2),), 0, (0, 1))
+        piece = Piece((Run(start=0, count=2),), 0, (1, 2))
         with lifeline_of(pages=16, page_bytes=32) as lifeline, copier_of(kv, self.layout, lifeline) as copier:
             copier._helper = AsLateAsCanBe(fails=True)  # type: ignore[assignment]
             copier.submit(Copy(1, INCARNATION, "r", (piece, piece)), self.shard, is_store=False)
@@ -223,7 +247,7 @@ class TestFailures:
 
     def test_copies_use_all_cores_though_the_engine_is_pinned_to_one(self) -> None:
         kv = np.zeros(self.size, dtype=np.uint8)
-        copy = Copy(1, INCARNATION, "r", (Piece((Run(start=0, count=2),), 0, (0, 1)),))
+        copy = Copy(1, INCARNATION, "r", (Piece((Run(start=0, count=2),), 0, (1, 2)),))
         cores, used, ending = os.sched_getaffinity(0), list[set[int]](), threading.Event()
         other = threading.Thread(target=ending.wait)  # such as those of OpenMP
         other.start()
@@ -240,9 +264,25 @@ class TestFailures:
             other.join()
         assert used == [cores, cores]
 
-    def test_closing_waits_for_the_copy_under_way(self) -> None:
+    def test_the_first_copy_needs_no_file_descriptor(self) -> None:
         kv = np.zeros(self.size, dtype=np.uint8)
         copy = Copy(1, INCARNATION, "r", (Piece((Run(start=0, count=2),), 0, (0, 1)),))
+        before = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with lifeline_of(pages=16, page_bytes=32) as lifeline, copier_of(kv, self.layout, lifeline) as copier:
+            free = os.open("/", os.O_RDONLY)  # the lowest there is: with it as the limit, no file can be opened
+            os.close(free)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (free, before[1]))
+            try:
+                for is_store in (True, False):
+                    copier.submit(copy, self.shard, is_store=is_store)
+                ended = await_finished(copier, 2)
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        assert [finished.is_failed for finished in ended] == [False, False]
+
+    def test_closing_waits_for_the_copy_under_way(self) -> None:
+        kv = np.zeros(self.size, dtype=np.uint8)
+        copy = Copy(1, INCARNATION, "r", (Piece((Run(start=0, count=2),), 0, (1, 2)),))
         begun = threading.Event()
 
         def gated() -> bool:

@@ -71,10 +71,10 @@ def extents_for(block_bytes: int, blocks: int, *, runs: int) -> list[tuple[Run, 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_it_copies_bit_for_bit_what_the_cpu_does(shape: str, rank: int, runs: int) -> None:
     tensors, layers_first = SHAPES[shape]
-    layout, size = make_layout(tensors, blocks=BLOCKS, layers_first=layers_first)
-    shard = Shard(offset=rank * SLOTS * layout.slot_bytes, slot_bytes=layout.slot_bytes)
-    extents = extents_for(2 * SLOTS * layout.slot_bytes, blocks=6, runs=runs)  # more slots than staging buffers
-    order = np.random.default_rng(7).permutation(BLOCKS).tolist()
+    layout, size = make_layout(tensors, blocks=BLOCKS, slots=SLOTS, layers_first=layers_first)
+    shard = Shard(rank * layout.block_bytes, state_offset=0, is_writer=True)
+    extents = extents_for(2 * layout.block_bytes, blocks=6, runs=runs)  # more slots than staging buffers
+    order = np.random.default_rng(7).permutation(range(1, BLOCKS)).tolist()
     store = Copy(
         1, INCARNATION, "r", tuple(Piece(e, 0, tuple(order[4 * i : 4 * i + 4])) for i, e in enumerate(extents))
     )
@@ -107,8 +107,8 @@ def test_it_copies_bit_for_bit_what_the_cpu_does(shape: str, rank: int, runs: in
 
 
 def one_tensor() -> tuple[Layout, int, Shard]:
-    layout, size = make_layout([(4, 2048)], blocks=BLOCKS, layers_first=True)
-    return layout, size, Shard(offset=0, slot_bytes=layout.slot_bytes)
+    layout, size = make_layout([(4, 2048)], blocks=BLOCKS, slots=SLOTS, layers_first=True)
+    return layout, size, Shard(block_offset=0, state_offset=0, is_writer=True)
 
 
 def test_the_arena_is_pinned_while_it_is_mapped() -> None:
@@ -124,8 +124,8 @@ def test_a_store_comes_after_what_the_engine_launched_and_before_what_it_launche
     """Only the first half is the copier's promise: the second is kept by holding the blocks until it has ended."""
     layout, size, shard = one_tensor()
     lifeline = make_lifeline(2)
-    extent = (Run(start=0, count=-(-SLOTS * shard.slot_bytes // PAGE_BYTES)),)
-    store = Copy(1, INCARNATION, "r", (Piece(extent, 0, (0, 1, 2, 3)),))
+    extent = (Run(start=0, count=-(-layout.block_bytes // PAGE_BYTES)),)
+    store = Copy(1, INCARNATION, "r", (Piece(extent, 0, (1, 2, 3, 4)),))
     with device_copier(noise(size, 1), layout, lifeline) as (copier, there):
         busy = torch.randn(4096, 4096, device="cuda")
         for _ in range(20):  # some ten milliseconds of work, then the KV
@@ -133,14 +133,14 @@ def test_a_store_comes_after_what_the_engine_launched_and_before_what_it_launche
         there.fill_(42)
         copier.submit(store, shard, is_store=True)
         await_finished(copier, 1)
-        assert (lifeline.bytes[: SLOTS * shard.slot_bytes] == 42).all()
+        assert (lifeline.bytes[: layout.block_bytes] == 42).all()
 
 
 def test_a_load_is_there_for_what_is_launched_after_its_report() -> None:
     layout, size, shard = one_tensor()
     lifeline = make_lifeline(2)
-    extent = (Run(start=0, count=-(-SLOTS * shard.slot_bytes // PAGE_BYTES)),)
-    load = Copy(1, INCARNATION, "r", (Piece(extent, 0, (3, 2, 1, 0)),))
+    extent = (Run(start=0, count=-(-layout.block_bytes // PAGE_BYTES)),)
+    load = Copy(1, INCARNATION, "r", (Piece(extent, 0, (4, 3, 2, 1)),))
     expected = noise(size, 1)
     here, places = moves(load, shard, layout, PAGE_BYTES)
     expected[here] = lifeline.bytes[places]
@@ -157,21 +157,22 @@ def test_many_copies_in_flight_end_each_with_its_own_bytes() -> None:
     layout, size, shard = one_tensor()
     lifeline = make_lifeline(2)
     kv = noise(size, 1)
-    extents = extents_for(shard.slot_bytes, blocks=BLOCKS, runs=1)
+    extents = extents_for(layout.groups[0].slot_bytes, blocks=BLOCKS, runs=1)
     with device_copier(kv, layout, lifeline) as (copier, there):
-        stores = [Copy(i, INCARNATION, f"r{i}", (Piece(extents[i], 0, (i,)),)) for i in range(BLOCKS)]
+        stores = [Copy(i, INCARNATION, f"r{i}", (Piece(extents[i], 0, (i,)),)) for i in range(1, BLOCKS)]
         for store in stores:
             copier.submit(store, shard, is_store=True)
-        ended = await_finished(copier, BLOCKS)
-        assert sorted(finished.copy.op_id for finished in ended) == list(range(BLOCKS))
+        ended = await_finished(copier, BLOCKS - 1)
+        assert sorted(finished.copy.op_id for finished in ended) == list(range(1, BLOCKS))
         assert not any(finished.is_failed for finished in ended)
         assert not lifeline.arena.uses
-        for store in stores:  # everything back, one block further
-            piece = Piece(store.pieces[0].extent, 0, ((store.op_id + 1) % BLOCKS,))
+        for store in stores:  # everything back, one block further, round the null block
+            piece = Piece(store.pieces[0].extent, 0, (store.op_id % (BLOCKS - 1) + 1,))
             copier.submit(Copy(store.op_id, INCARNATION, "r", (piece,)), shard, is_store=False)
-        await_finished(copier, BLOCKS)
-        expected = np.roll(kv.reshape(4, BLOCKS, 2048), 1, axis=1).reshape(-1)
-        assert (there.cpu().numpy() == expected).all()
+        await_finished(copier, BLOCKS - 1)
+        expected = kv.reshape(4, BLOCKS, 2048).copy()
+        expected[:, 1:] = np.roll(expected[:, 1:], 1, axis=1)
+        assert (there.cpu().numpy() == expected.reshape(-1)).all()
 
 
 class TestFailures:
@@ -181,8 +182,8 @@ class TestFailures:
     @pytest.mark.parametrize(
         "bad",
         [
-            pytest.param(Piece((Run(start=8, count=1),), 0, (2, 3)), id="extent-short"),
-            pytest.param(Piece((Run(start=255, count=9),), 0, (2, 3)), id="past-the-arena"),
+            pytest.param(Piece((Run(start=8, count=1),), 0, (3, 4)), id="extent-short"),
+            pytest.param(Piece((Run(start=255, count=9),), 0, (3, 4)), id="past-the-arena"),
             pytest.param(Piece((Run(start=8, count=9),), 0, (2, BLOCKS)), id="no-such-engine-block"),
             pytest.param(Piece((Run(start=8, count=9),), 0, (-1, 2)), id="negative-engine-block"),
         ],
@@ -190,7 +191,7 @@ class TestFailures:
     def test_what_lies_outside(self, bad: Piece, is_store: bool) -> None:
         layout, size, shard = one_tensor()
         lifeline, kv = make_lifeline(2), noise(size, 1)
-        good = Piece((Run(start=0, count=8),), 0, (0, 1))
+        good = Piece((Run(start=0, count=8),), 0, (1, 2))
         with device_copier(kv, layout, lifeline) as (copier, there):
             before = lifeline.bytes
             copier.submit(Copy(1, INCARNATION, "r", (good, bad)), shard, is_store=is_store)
@@ -209,7 +210,7 @@ class TestFailures:
         lifeline, kv = make_lifeline(2), noise(size, 1)
         with device_copier(kv, layout, lifeline) as (copier, there):
             before = lifeline.bytes
-            copy = Copy(1, b"o" * 16, "r", (Piece((Run(start=0, count=8),), 0, (0, 1)),))
+            copy = Copy(1, b"o" * 16, "r", (Piece((Run(start=0, count=8),), 0, (1, 2)),))
             copier.submit(copy, shard, is_store=is_store)
             (ended,) = await_finished(copier, 1)
             assert ended[:3] == (copy, is_store, True)

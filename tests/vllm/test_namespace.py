@@ -48,6 +48,10 @@ def make_config(model: Path | str) -> Any:
             hf_overrides={},
             dtype="torch.bfloat16",
             quantization=None,
+            quantization_config=None,
+            model_impl="auto",
+            trust_remote_code=False,
+            model_class_overrides={},
             max_model_len=8192,
         ),
         cache_config=SimpleNamespace(
@@ -59,7 +63,7 @@ def make_config(model: Path | str) -> Any:
             decode_context_parallel_size=1,
             prefill_context_parallel_size=1,
         ),
-        load_config=SimpleNamespace(load_format="auto"),
+        load_config=SimpleNamespace(load_format="auto", model_loader_extra_config={}),
         speculative_config=None,
     )
 
@@ -98,6 +102,9 @@ def change(path: str, value: Any) -> Callable[[Any], None]:
         ("model_config.hf_overrides", {"rope_theta": 1e6}),
         ("model_config.dtype", "torch.float16"),
         ("model_config.quantization", "fp8"),
+        ("model_config.quantization_config", {"linear": {"weight": "fp8"}}),
+        ("model_config.model_impl", "transformers"),
+        ("model_config.model_class_overrides", {"LlamaForCausalLM": "elsewhere:Llama"}),
         ("model_config.max_model_len", 131072),  # LongRoPE takes other factors beyond the original length
         ("model_config.hf_config", HfConfig(hidden_size=64, rope_parameters={"rope_theta": 1e6})),
         ("model_config.hf_config", HfConfig(hidden_size=64)),
@@ -110,6 +117,7 @@ def change(path: str, value: Any) -> Callable[[Any], None]:
         ("parallel_config.decode_context_parallel_size", 2),
         ("parallel_config.prefill_context_parallel_size", 2),
         ("load_config.load_format", "dummy"),  # weights that aren't those of the files
+        ("load_config.model_loader_extra_config", {"tensorizer_uri": "elsewhere"}),
         ("speculative_config", SimpleNamespace(method="ngram")),
     ],
 )
@@ -189,6 +197,18 @@ def test_a_retrained_file_is_another_namespace_wherever_samples_lie(model: Path)
     before = namespace(make_config(model))
     large.write_bytes(b"\0" * 20_000 + b"\1" * (size - 40_000) + b"\0" * 20_000)
     assert namespace(make_config(model)) != before
+
+
+@pytest.mark.parametrize("name", ["modeling_own.py", "layers/attention.py"])
+def test_other_code_that_runs_the_model_is_another_namespace(model: Path, name: str) -> None:
+    (model / name).parent.mkdir(exist_ok=True)
+    trusting, wary = make_config(model), make_config(model)
+    trusting.model_config.trust_remote_code = True
+    seen = {namespace(trusting)}
+    for code in ("scale = 1", "scale = 2"):
+        (model / name).write_text(code)
+        seen |= {namespace(trusting), namespace(wary)}
+    assert len(seen) == 3, "code that isn't run changes nothing"
 
 
 @pytest.mark.parametrize("name", ["model-1.safetensors", "model.safetensors.index.json"])

@@ -86,7 +86,7 @@ class TestHits:
         request = engine.arrive(PROMPT, "alice")
         engine.clock.advance(0.001)
         assert match(engine, request, local_tokens=8) == 0
-        block = next(iter(next(iter(engine.server.cache.tenant.user_by_id.values())).block_by_key.values()))
+        block = next(iter(next(iter(engine.server.cache.default_tenant.user_by_id.values())).block_by_key.values()))
         assert block.touched_at == engine.clock()
 
     def test_asking_again_after_a_failed_allocation_asks_the_server_once(self, engine: Engine) -> None:
@@ -143,7 +143,7 @@ class TestLeases:
         stored(engine, PROMPT)
         request = engine.arrive(PROMPT, "alice")
         engine.step()
-        engine.planner.admit(request.request_id, request.block_ids, 0)
+        engine.planner.admit(request.request_id, (request.block_ids,), 0)
         assert engine.server.leases() == 1
         engine.settle()
         assert len(engine.sent_of(Release)) == 1
@@ -277,6 +277,15 @@ class TestFailedLoads:
         assert match(engine, request) == 0
         engine.settle()
         assert request.loaded_tokens == 0
+
+    def test_after_a_failed_load_others_are_looked_at_first(self, make_engine: EngineMaker) -> None:
+        engine = make_engine()
+        stored(engine, PROMPT)
+        request = engine.arrive(PROMPT, "alice")
+        engine.step()
+        engine.work(fail=True)
+        engine.report()
+        assert [engine.planner.match(request.request_id, 0) for _ in range(3)] == [None, 0, 0]
 
     def test_the_bad_block_and_what_continues_it_are_discarded(self, make_engine: EngineMaker) -> None:
         engine = make_engine(store=StoreMode.PROMPT)
@@ -542,7 +551,7 @@ class TestStoring:
         request.num_prompt_tokens = 2
         request.num_computed_tokens, request.num_output_placeholders = computed, placeholders
         request.block_ids = engine.blocks.allocate(6) or []
-        engine.planner.plan({request.request_id: scheduled}, {request.request_id: request.block_ids}.get)
+        engine.planner.plan({request.request_id: scheduled}, {request.request_id: (request.block_ids,)}.get)
         assert [len(ask.keys) for ask in engine.sent_of(Reserve)] == [blocks]
         assert engine.held() == 2 * blocks
         engine.planner.remove(request.request_id)
@@ -652,7 +661,7 @@ class TestSessions:
         engine.settle()
         assert not engine.sent_of(Commit)
         assert len(engine.sent_of(Abort)) == 2
-        assert engine.server.cache.tenant.used_pages == 0
+        assert engine.server.cache.default_tenant.used_pages == 0
 
     def test_a_reset_leaves_what_was_computed_behind(self, engine: Engine) -> None:
         stored(engine, PROMPT)
@@ -689,7 +698,7 @@ class TestUsers:
             requests = [engine.arrive(PROMPT, salt) for salt in salts]
             engine.settle()
             assert [request.loaded_tokens for request in requests] == [hit] * 4
-        users = engine.server.cache.tenant.user_by_id
+        users = engine.server.cache.default_tenant.user_by_id
         assert len(users) == 4
         assert {len(user.block_by_key) for user in users.values()} == {2}
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from saltern.paths import default_socket_path
-from saltern.vllm.settings import PATIENCE_MS, SettingsError, StoreMode, parse_settings
+from saltern.vllm.settings import LOAD_PATIENCE_MS, PATIENCE_MS, SettingsError, StoreMode, parse_settings
 
 
 def test_nothing_needs_to_be_set() -> None:
@@ -18,6 +18,7 @@ def test_nothing_needs_to_be_set() -> None:
     assert not settings.require_salt
     assert settings.naming_secret is None
     assert settings.patience_seconds == PATIENCE_MS / 1000
+    assert settings.load_patience_seconds == LOAD_PATIENCE_MS / 1000
 
 
 def test_everything_can_be_set(tmp_path: Path) -> None:
@@ -32,6 +33,7 @@ def test_everything_can_be_set(tmp_path: Path) -> None:
             "saltern.require_salt": True,
             "saltern.secret_file": str(secret),
             "saltern.patience_ms": 20,
+            "saltern.load_patience_ms": 500,
         }
     )
     assert settings.socket == "/run/saltern.sock"
@@ -40,6 +42,7 @@ def test_everything_can_be_set(tmp_path: Path) -> None:
     assert settings.require_salt
     assert settings.naming_secret == b"s" * 32
     assert settings.patience_seconds == 0.02
+    assert settings.load_patience_seconds == 0.5
 
 
 def test_settings_of_others_are_none_of_ours() -> None:
@@ -52,7 +55,7 @@ def test_an_unknown_setting_is_refused_with_the_nearest_name() -> None:
 
 
 def test_an_unknown_setting_that_is_near_to_none_is_refused_with_all_names() -> None:
-    with pytest.raises(SettingsError, match=r"known are saltern\.socket, .*saltern\.patience_ms"):
+    with pytest.raises(SettingsError, match=r"known are saltern\.socket, .*saltern\.load_patience_ms"):
         parse_settings({"saltern.zzzzzzzzzzzzzzzzz": 1})
 
 
@@ -77,6 +80,11 @@ def test_an_unknown_setting_that_is_near_to_none_is_refused_with_all_names() -> 
         ("patience_ms", float("nan")),
         ("patience_ms", float("inf")),
         ("patience_ms", True),
+        ("load_patience_ms", "2000"),
+        ("load_patience_ms", 0),
+        ("load_patience_ms", 60_001),
+        ("load_patience_ms", float("nan")),
+        ("load_patience_ms", True),
     ],
 )
 def test_a_value_of_the_wrong_kind_is_refused_by_name(name: str, value: Any) -> None:

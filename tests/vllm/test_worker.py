@@ -7,11 +7,12 @@ import pytest
 from saltern.core.extents import Run
 from saltern.vllm.copier import Finished, Shard
 from saltern.vllm.copies import Copies, Copy, Piece, Reports
-from saltern.vllm.layout import LayerPages, Layout
+from saltern.vllm.layout import GroupPages, LayerPages, Layout
 from saltern.vllm.worker import Worker
 
-LAYOUT = Layout((LayerPages(offset=0, layers=1, layer_stride=0, block_stride=8, page_bytes=8),), blocks=16)
-SHARDS = (Shard(offset=0, slot_bytes=8), Shard(offset=8, slot_bytes=8))
+PAGES = LayerPages(offset=0, layers=1, layer_stride=0, block_stride=8, page_bytes=8)
+LAYOUT = Layout((GroupPages(offset=0, slots=1, tensors=(PAGES,)),), blocks=16)
+SHARDS = (Shard(0, 0, is_writer=True), Shard(8, 0, is_writer=True))
 
 
 class Log:
@@ -67,6 +68,14 @@ def test_a_step_begins_its_copies_on_the_ranks_own_shard_loads_first(rank: int) 
     assert copier.calls == [(1, shard, False), (2, shard, True), (3, shard, True)]
 
 
+def test_what_another_rank_has_as_well_is_stored_by_one_and_loaded_by_each() -> None:
+    worker, _, copier = make_worker(rank=1)
+    shards = (SHARDS[0], SHARDS[0]._replace(is_writer=False))
+    worker.start(Copies(loads=[copy_of(1, 3)], stores=[copy_of(2, 4)]), shards)
+    assert copier.calls == [(1, shards[1], False)]
+    assert worker.take_reports() == Reports(done={2: 1}), "the store waits for a report of every rank"
+
+
 def test_every_end_is_reported_once() -> None:
     worker, _, copier = make_worker()
     copier.ended = [
@@ -74,17 +83,17 @@ def test_every_end_is_reported_once() -> None:
         Finished(copy_of(2, 4), is_store=True, is_failed=False),
         Finished(copy_of(3, 5), is_store=True, is_failed=True),
     ]
-    assert worker.collect_loaded() == {"r1"}
+    assert worker.collect_loaded() == ({"r1"}, set())
     assert worker.take_reports() == Reports(done={1: 1, 2: 1}, failed={3: 1})
     assert worker.take_bad_blocks() == set()
-    assert worker.collect_loaded() == set()
+    assert worker.collect_loaded() == (set(), set())
     assert worker.take_reports() is None
 
 
 def test_a_failed_load_ends_its_request_and_names_all_its_blocks() -> None:
     worker, _, copier = make_worker()
     copier.ended = [Finished(copy_of(1, 3, 4), is_store=False, is_failed=True)]
-    assert worker.collect_loaded() == {"r1"}
+    assert worker.collect_loaded() == ({"r1"}, {"r1"})
     assert worker.take_bad_blocks() == {3, 4}
     assert worker.take_bad_blocks() == set()
     assert worker.take_reports() == Reports(failed={1: 1})
@@ -93,7 +102,7 @@ def test_a_failed_load_ends_its_request_and_names_all_its_blocks() -> None:
 def test_a_failed_store_ends_no_request_and_spoils_no_block() -> None:
     worker, _, copier = make_worker()
     copier.ended = [Finished(copy_of(1, 3), is_store=True, is_failed=True)]
-    assert worker.collect_loaded() == set()
+    assert worker.collect_loaded() == (set(), set())
     assert worker.take_bad_blocks() == set()
 
 
@@ -117,6 +126,6 @@ def test_closing_ends_the_copies_before_the_connection() -> None:
 
 def test_a_worker_without_a_kv_cache_closes_and_reports_nothing() -> None:
     worker = Worker(rank=0, layout=LAYOUT, facts={})
-    assert worker.collect_loaded() == set()
+    assert worker.collect_loaded() == (set(), set())
     assert worker.take_reports() is None
     worker.close()

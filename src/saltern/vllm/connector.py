@@ -6,14 +6,14 @@ checked in `_salt_of`, and what isn't understood is not cached.
 """
 
 import logging
+import math
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import vllm
-from packaging.specifiers import SpecifierSet
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorHandshakeMetadata,
@@ -21,22 +21,26 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
     KVConnectorTransferResults,
     KVConnectorWorkerMetadata,
+    SupportsHMA,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
-from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from saltern.client.lifeline import Lifeline
 from saltern.core.keys import digest
-from saltern.vllm.adapters import Adapters
+from saltern.publishing import FIELD as PUBLISH_FIELD
+from saltern.publishing import Mark, parse_mark
+from saltern.vllm.adapters import Adapters, FilesState, Loads
 from saltern.vllm.copier import Shard
 from saltern.vllm.copies import Copies, Reports
 from saltern.vllm.devices import make_copier, worker_facts
-from saltern.vllm.layout import LayoutError, read_layout
+from saltern.vllm.geometry import Geometry
+from saltern.vllm.layout import LayoutError, read_groups, read_layout
 from saltern.vllm.namespace import namespace_digest
-from saltern.vllm.planner import Geometry, Planner
+from saltern.vllm.planner import Planner
 from saltern.vllm.session import Session
 from saltern.vllm.settings import BLOCK_TOKENS, Settings, SettingsError, parse_settings
 from saltern.vllm.stats import SalternPromMetrics, SalternStats
+from saltern.vllm.versions import check_version, disk_hit_source, memory_hit_source
 from saltern.vllm.worker import Worker
 
 if TYPE_CHECKING:
@@ -51,9 +55,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-VLLM_SUPPORTED = SpecifierSet(">=0.32,<0.33")
-"""The versions whose scheduler this was tested against; its hooks change with every minor release."""
-
 KV_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2")
 """KV types whose scales are constants of the model."""
 
@@ -67,7 +68,9 @@ class SalternHandshake(KVConnectorHandshakeMetadata):
 
     name: bytes
     rank: int
-    slot_bytes: int
+    block_bytes: int
+    state_bytes: int
+    replicas: int
     facts: dict[str, Any]
 
 
@@ -81,14 +84,16 @@ class SalternMetadata(KVConnectorMetadata):
 
 @dataclass
 class SalternReports(KVConnectorWorkerMetadata):
-    """What a worker tells its scheduler after a step."""
+    """What a worker tells its scheduler after a step: what it copied, and by rank which adapters it loaded."""
 
     reports: Reports
+    loaded: dict[int, dict[int, FilesState]] = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         """Add another rank's."""
         assert isinstance(other, SalternReports), "two connectors' reports mixed"
         self.reports.add(other.reports)
+        self.loaded.update(other.loaded)
         return self
 
 
@@ -112,28 +117,37 @@ class PooledBlocks:
         self._pool.free_blocks(self._pool.blocks[block_id] for block_id in reversed(block_ids))
 
 
-class SalternConnector(KVConnectorBase_V1):
+class SalternConnector(KVConnectorBase_V1, SupportsHMA):
     """Saltern's cache behind vLLM's KV connector interface, for `kv_role: kv_both`."""
 
-    _cache_hit_source = CacheHitSource.HOST  # how vLLM's metrics name where our hits come from
+    _cache_hit_source = memory_hit_source()  # how vLLM's metrics name where our hits come from
+    _disk_hit_source = disk_hit_source()
 
     def __init__(self, vllm_config: "VllmConfig", role: KVConnectorRole, kv_cache_config: "KVCacheConfig") -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         logging.getLogger("saltern").parent = logging.getLogger("vllm")  # our lines go where the engine's go
         self._settings = _check_start(vllm_config)
+        events = vllm_config.kv_events_config
+        if role is KVConnectorRole.SCHEDULER and events is not None and events.enable_kv_cache_events:
+            logger.warning("vLLM's KV events (--kv-events-config) contain raw salts: let nobody read them who may not")
         self._config = vllm_config
         self._kv_config = kv_cache_config
-        self._geometry = _geometry(vllm_config, self._settings)
+        self._geometry = _geometry(kv_cache_config, self._settings)
         # The scheduler's side
         self._planner: Planner | None = None
         self._session: Session | None = None
         self._blocks: PooledBlocks | None = None
-        self._adapters = Adapters()
+        lora_config = vllm_config.lora_config
+        self._adapters = Adapters(
+            ranks=vllm_config.parallel_config.world_size, dtype=str(lora_config.lora_dtype) if lora_config else ""
+        )
         self._handshakes: list[SalternHandshake] = []
         self._facts_digest = b""
+        self._epoch = b""  # empty until the weights change in place, to what has no name; then random
         self._shards: tuple[Shard, ...] = ()
         # The worker's side
         self._worker: Worker | None = None
+        self._loads = Loads()
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -155,16 +169,24 @@ class SalternConnector(KVConnectorBase_V1):
         world_size = self._config.parallel_config.world_size
         if [worker.rank for worker in self._handshakes] != list(range(world_size)):
             raise LayoutError(f"{len(workers)} of {world_size} workers told Saltern of their KV cache")
-        offset, shards = 0, []
+        block_bytes, state_bytes = 0, 0
+        shards: list[Shard] = []
         for worker in self._handshakes:
-            shards.append(Shard(offset=offset, slot_bytes=worker.slot_bytes))
-            offset += worker.slot_bytes * self._geometry.slots
+            replica = worker.rank % self._config.parallel_config.tensor_parallel_size % worker.replicas
+            if replica:  # the rank that is so many before has the same KV
+                shards.append(shards[-replica]._replace(is_writer=False))
+            else:
+                shards.append(Shard(block_bytes, state_bytes, is_writer=True))
+                block_bytes += worker.block_bytes
+                state_bytes += worker.state_bytes
         self._shards = tuple(shards)
         self._session = Session(
             self._settings.socket,
             engine=_engine_id(self._config),
             workers=tuple(worker.name for worker in self._handshakes),
-            block_bytes=offset,
+            block_bytes=max(block_bytes, 1),  # a model with nothing but states has blocks as well, to hang them on
+            state_bytes=state_bytes,
+            block_tokens=0 if state_bytes else self._geometry.block_tokens,
             clock=time.monotonic,
             server_uid=self._settings.server_uid,
         )
@@ -176,18 +198,20 @@ class SalternConnector(KVConnectorBase_V1):
             session=self._session,
             blocks=self._blocks,
             geometry=self._geometry,
-            namespace=self._namespace(epoch=b""),
+            namespace=self._namespace,
             ranks=world_size,
             store=self._settings.store,
             naming_secret=self._settings.naming_secret,
+            strict=self._settings.strict,
             patience_seconds=self._settings.patience_seconds,
+            load_patience_seconds=self._settings.load_patience_seconds,
             clock=time.monotonic,
         )
         self._session.await_open(ATTACH_SECONDS_MAX)
 
-    def _namespace(self, *, epoch: bytes) -> bytes:
-        """Name the namespace: `epoch` is empty until the weights change in place, to what has no name; then random."""
-        return digest(b"saltern.epoch", [self._facts_digest, epoch])
+    @property
+    def _namespace(self) -> bytes:
+        return digest(b"saltern.epoch", [self._facts_digest, self._epoch])
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:
@@ -208,7 +232,8 @@ class SalternConnector(KVConnectorBase_V1):
     def reset_cache(self) -> bool:
         """Leave all KV computed so far behind: vLLM calls this when the weights change in place."""
         if self._planner is not None:
-            self._planner.reset(self._namespace(epoch=os.urandom(16)))
+            self._epoch = os.urandom(16)
+            self._planner.reset(self._namespace)
         return True
 
     def shutdown(self) -> None:
@@ -223,12 +248,13 @@ class SalternConnector(KVConnectorBase_V1):
 
     def on_new_request(self, request: "Request") -> None:
         """Look a request's prompt up as it arrives."""
-        salt = _salt_of(request, require_salt=self._settings.require_salt)
+        mark = _mark_of(request)
+        salt = _salt_of(request, require_salt=self._settings.require_salt and mark is None)
         if self._planner is None or salt is None:
             return
         adapter = self._adapters.identity(request.lora_request) if request.lora_request is not None else b""
         if adapter is not None:
-            self._planner.add(request, salt, adapter)
+            self._planner.add(request, salt, adapter, mark, only_published=self._settings.require_salt and not salt)
 
     def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int | None, bool]:
         """Return what can be loaded beyond the engine's own tokens, always asynchronously."""
@@ -240,8 +266,18 @@ class SalternConnector(KVConnectorBase_V1):
     def update_state_after_alloc(self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int) -> None:
         """Take note of the blocks that a request was given."""
         if self._planner is not None:
-            block_ids = blocks.get_block_ids()[0] if num_external_tokens else ()
-            self._planner.admit(request.request_id, block_ids, num_external_tokens)
+            tables = blocks.get_block_ids() if num_external_tokens else ()
+            self._planner.admit(request.request_id, tables, num_external_tokens)
+
+    def get_external_cache_hit_sources(self, request: "Request", num_external_tokens: int) -> dict[Any, int]:
+        """Say which of the tokens that a request loads were fetched from the server's disk for it."""
+        planner, request_id = self._planner, request.request_id
+        from_disk = planner.disk_tokens(request_id, num_external_tokens) if planner is not None else 0
+        by_source = {
+            self._disk_hit_source: from_disk,
+            self._cache_hit_source: num_external_tokens - from_disk,
+        }
+        return {source: tokens for source, tokens in by_source.items() if tokens}
 
     def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> SalternMetadata:
         """Return what the workers shall copy with this step."""
@@ -250,26 +286,32 @@ class SalternConnector(KVConnectorBase_V1):
         speculated = scheduler_output.scheduled_spec_decode_tokens
         block_state = scheduler_output.kv_connector_block_state
 
-        def block_ids_of(request_id: str) -> Sequence[int] | None:
-            groups = block_state.get_block_ids(request_id) if block_state is not None else None
-            return groups[0] if groups else None
+        def tables_of(request_id: str) -> Sequence[Sequence[int]] | None:
+            return block_state.get_block_ids(request_id) if block_state is not None else None
 
         scheduled = {
             request_id: tokens - len(speculated.get(request_id, ()))
             for request_id, tokens in scheduler_output.num_scheduled_tokens.items()
         }
-        return SalternMetadata(self._planner.plan(scheduled, block_ids_of), self._shards)
+        return SalternMetadata(self._planner.plan(scheduled, tables_of), self._shards)
 
     def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:
         """Take in what the workers have finished."""
         if self._planner is None:
             return
-        self._planner.spoil(connector_output.invalid_block_ids)
+        self._planner.spoil(connector_output.invalid_block_ids, connector_output.failed_recving)
         reports = connector_output.kv_connector_worker_meta
         if isinstance(reports, SalternReports):
+            # Requests under way count as the adapter that it was, but are computed with what it is now: none of
+            # their blocks may be stored. It is rare enough to give up those of all others with them.
+            changed = [self._adapters.load(rank, loaded) for rank, loaded in reports.loaded.items()]
+            if any(changed):
+                self._planner.reset(self._namespace)
             self._planner.report(reports.reports)
 
-    def request_finished(self, request: "Request", block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+    def request_finished_all_groups(
+        self, request: "Request", block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
         """Forget a request. Blocks still being stored are held by themselves: vLLM may free its own at once."""
         if self._planner is not None:
             self._planner.remove(request.request_id)
@@ -290,7 +332,7 @@ class SalternConnector(KVConnectorBase_V1):
         parallel = self._config.parallel_config
         rank = parallel.rank % parallel.world_size
         layout_name = self._kv_config.kv_cache_layout or self._config.cache_config.kv_cache_layout
-        layout = read_layout(self._kv_config, layout_name=layout_name)
+        layout = read_layout(self._kv_config, self._geometry, layout_name=layout_name)
         self._worker = Worker(rank=rank, layout=layout, facts=worker_facts(self._config, self._kv_config, layout_name))
         buffer = next(iter(kv_caches.values()))
         lifeline = Lifeline(
@@ -303,13 +345,18 @@ class SalternConnector(KVConnectorBase_V1):
             server_uid=self._settings.server_uid,
         )
         self._worker.attach(lifeline, make_copier(buffer, layout, lifeline))
+        if self._config.lora_config is not None:
+            self._loads.watch()
 
     def get_handshake_metadata(self) -> SalternHandshake | None:
         """Tell the scheduler of this worker."""
         worker = self._worker
         if worker is None:
             return None
-        return SalternHandshake(worker.name, worker.rank, worker.layout.slot_bytes, dict(worker.facts))
+        layout, replicas = worker.layout, getattr(self._kv_config, "kv_tp_replicas", 1)
+        return SalternHandshake(
+            worker.name, worker.rank, layout.block_bytes, layout.state_bytes, replicas, dict(worker.facts)
+        )
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         """Begin a step's copies before its forward pass, so that they overlap.
@@ -335,27 +382,51 @@ class SalternConnector(KVConnectorBase_V1):
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         """Report the requests whose load is over on this rank."""
-        loaded = self._worker.collect_loaded() if self._worker is not None else set()
-        return KVConnectorTransferResults(finished_recving=loaded)
+        loaded, failed = self._worker.collect_loaded() if self._worker is not None else (set(), set())
+        return KVConnectorTransferResults(
+            finished_recving=loaded, failed_recving=set() if self._names_bad_blocks else failed
+        )
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Report blocks whose load failed, in the same pass as the end of their request's load."""
-        return self._worker.take_bad_blocks() if self._worker is not None else set()
+        bad_blocks = self._worker.take_bad_blocks() if self._worker is not None else set()
+        return bad_blocks if self._names_bad_blocks else set()
+
+    @property
+    def _names_bad_blocks(self) -> bool:
+        """Return whether a request can go on at its first bad block; else it starts anew.
+
+        It can't where a group has forgotten what is needed there, and vLLM allows it to models with one group only.
+        """
+        return self._geometry.keeps_all and len(self._geometry.groups) == 1
 
     def get_kv_connector_stats(self) -> SalternStats | None:
-        """Return what this rank has copied since the last step, for vLLM's log and metrics."""
+        """Return what this rank has copied since the last step, or what the scheduler saw, for vLLM's metrics.
+
+        vLLM asks the scheduler's side whenever it has taken in what a step computed, and so tells when it has ended.
+        """
+        if self._planner is not None:
+            self._planner.end_step()
+            stats = SalternStats()
+            stats.add_salts(self._planner.take_salt_counts())
+            stats.add_disk(self._planner.take_disk_counts())
+            return None if stats.is_empty() else stats
         finished = self._worker.take_finished() if self._worker is not None else []
         if self._worker is None or not finished:
             return None
         stats = SalternStats()
         for copy in finished:
-            stats.add(copy, slot_bytes=self._worker.layout.slot_bytes)
+            stats.add(copy, self._worker.layout)
         return stats
 
     def build_connector_worker_meta(self) -> SalternReports | None:
-        """Report the operations that ended on this rank."""
-        reports = self._worker.take_reports() if self._worker is not None else None
-        return SalternReports(reports) if reports is not None else None
+        """Report the operations that ended on this rank, and the adapters that it has loaded."""
+        if self._worker is None:
+            return None
+        reports, loaded = self._worker.take_reports(), self._loads.take()
+        if reports is None and not loaded:
+            return None
+        return SalternReports(reports or Reports(), {self._worker.rank: loaded} if loaded else {})
 
 
 def _salt_of(request: "Request", *, require_salt: bool) -> str | None:
@@ -380,11 +451,16 @@ def _salt_of(request: "Request", *, require_salt: bool) -> str | None:
     return (salt or "") if is_cacheable else None
 
 
+def _mark_of(request: "Request") -> Mark | None:
+    """Return a well-formed publication mark that a request carries: what clients send as parameters may be anything."""
+    parameters = request.kv_transfer_params
+    return parse_mark(parameters.get(PUBLISH_FIELD)) if isinstance(parameters, dict) else None
+
+
 def _check_start(config: "VllmConfig") -> Settings:
     """Refuse, with a reason, engines that can't be cached correctly; return the settings."""
     transfer = config.kv_transfer_config
-    if not VLLM_SUPPORTED.contains(vllm.__version__, prereleases=True):
-        raise SettingsError(f"Saltern supports vLLM {VLLM_SUPPORTED}, this is {vllm.__version__}")
+    check_version(vllm.__version__)
     if transfer.kv_role != "kv_both":
         raise SettingsError(f'Saltern needs "kv_role": "kv_both" in --kv-transfer-config, not {transfer.kv_role!r}')
     if transfer.kv_load_failure_policy != "recompute":
@@ -412,14 +488,17 @@ def _check_start(config: "VllmConfig") -> Settings:
     return parse_settings(transfer.kv_connector_extra_config)
 
 
-def _geometry(config: "VllmConfig", settings: Settings) -> Geometry:
-    engine_tokens = config.cache_config.block_size
+def _geometry(kv_cache_config: "KVCacheConfig", settings: Settings) -> Geometry:
+    groups = read_groups(kv_cache_config)
+    engine_tokens = math.lcm(*(group.block_tokens for group in groups))
     block_tokens = settings.block_tokens
     if block_tokens is None:
-        block_tokens = max(BLOCK_TOKENS // engine_tokens, 1) * engine_tokens
+        # States exist where a step of the engine ends, and that is at one of its own blocks.
+        has_states = any(group.is_state for group in groups)
+        block_tokens = engine_tokens * (1 if has_states else max(BLOCK_TOKENS // engine_tokens, 1))
     if block_tokens <= 0 or block_tokens % engine_tokens:
         raise SettingsError(f"saltern.block_tokens is {block_tokens}, but must be a multiple of vLLM's {engine_tokens}")
-    return Geometry(block_tokens=block_tokens, engine_block_tokens=engine_tokens)
+    return Geometry(block_tokens=block_tokens, groups=groups)
 
 
 def _engine_id(config: "VllmConfig") -> str:

@@ -21,7 +21,8 @@ import numpy.typing as npt
 from saltern.client.lifeline import Lifeline, Mapping
 from saltern.core.extents import Extent, extent_pages
 from saltern.vllm.copies import Copy, Piece
-from saltern.vllm.layout import Layout
+from saltern.vllm.geometry import NULL_BLOCK
+from saltern.vllm.layout import GroupPages, Layout
 
 logger = logging.getLogger(__name__)
 
@@ -42,10 +43,16 @@ class Finished(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """Where a rank's share of every block lies; `slot_bytes` per engine block, from `offset` on."""
+    """Where a rank's share begins in a block, and in a state. Ranks with equal KV share one, and one of them writes."""
 
-    offset: int
-    slot_bytes: int
+    block_offset: int
+    state_offset: int
+    is_writer: bool
+
+    def position(self, group: GroupPages, slot: int) -> int:
+        """Return where in its block a slot of a group begins, in bytes."""
+        base = self.state_offset if group.is_state else self.block_offset
+        return base + group.offset + slot * group.slot_bytes
 
 
 class CpuCopier:
@@ -58,13 +65,16 @@ class CpuCopier:
         self._loader = ThreadPoolExecutor(1, "saltern-load", initializer=_use_all_cores)
         self._helper = ThreadPoolExecutor(1, "saltern-load-help", initializer=_use_all_cores)
         self._storer = ThreadPoolExecutor(1, "saltern-store", initializer=_use_all_cores)
-        self._pages = [
-            np.lib.stride_tricks.as_strided(
-                kv[tensor.offset :],
-                shape=(layout.blocks, tensor.layers, tensor.page_bytes),
-                strides=(tensor.block_stride, tensor.layer_stride, 1),
-            )
-            for tensor in layout.tensors
+        self._pages = [  # by group and tensor
+            [
+                np.lib.stride_tricks.as_strided(
+                    kv[tensor.offset :],
+                    shape=(layout.blocks, tensor.layers, tensor.page_bytes),
+                    strides=(tensor.block_stride, tensor.layer_stride, 1),
+                )
+                for tensor in group.tensors
+            ]
+            for group in layout.groups
         ]
 
     def submit(self, copy: Copy, shard: Shard, *, is_store: bool) -> None:
@@ -116,8 +126,10 @@ class CpuCopier:
         arena = np.frombuffer(mapping.buffer, dtype=np.uint8)  # a view of each thread's own, gone when it returns
         for piece in pieces:
             for slot, engine_block in enumerate(piece.engine_blocks, start=piece.first_slot):
-                position = shard.offset + slot * shard.slot_bytes
-                for pages in self._pages:
+                if engine_block == NULL_BLOCK:
+                    continue
+                position = shard.position(self._layout.groups[piece.group], slot)
+                for pages in self._pages[piece.group]:
                     block = pages[engine_block]
                     move_slot(arena, piece.extent, position, mapping.page_bytes, block, is_store=is_store)
                     position += block.size
@@ -129,7 +141,10 @@ def check_bounds(copy: Copy, shard: Shard, layout: Layout, mapping: Mapping) -> 
     for piece in copy.pieces:
         if not all(0 <= run.start < run.start + run.count <= arena_pages for run in piece.extent):
             raise ValueError(f"{piece.extent} reaches out of the arena's {arena_pages} pages")
-        end = shard.offset + (piece.first_slot + len(piece.engine_blocks)) * shard.slot_bytes
+        group = layout.groups[piece.group]
+        if piece.first_slot + len(piece.engine_blocks) > group.slots:
+            raise ValueError(f"a block has {group.slots} slots, and not all of {piece}")
+        end = shard.position(group, piece.first_slot + len(piece.engine_blocks))
         if end > extent_pages(piece.extent) * mapping.page_bytes:
             raise ValueError(f"{piece.extent} ends before byte {end} of the block")
         if not all(0 <= block < layout.blocks for block in piece.engine_blocks):
@@ -180,8 +195,12 @@ def _use_all_cores() -> None:
     vLLM pins the thread that starts us to one core, which we would otherwise inherit: all copies would share it, with
     each other and with that thread.
     """
+    try:
+        threads = os.listdir("/proc/self/task")
+    except OSError:  # out of file descriptors: then it is the one core
+        return
     cores: set[int] = set()
-    for thread in os.listdir("/proc/self/task"):
+    for thread in threads:
         with suppress(OSError):  # it has ended meanwhile
             cores |= os.sched_getaffinity(int(thread))
     with suppress(OSError):  # not allowed here: then it is the one core

@@ -7,14 +7,16 @@ from saltern.core.extents import Extent
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Engine blocks that lie one after the other in one block of the cache.
+    """Engine blocks of one group that lie one after the other in one block of the cache.
 
-    `engine_blocks[i]` is slot `first_slot + i` of the block that lies in `extent`.
+    `engine_blocks[i]` is slot `first_slot + i` of what the group has in the block that lies in `extent`. vLLM's null
+    block among them stands for a slot that nobody needs: nothing is copied.
     """
 
     extent: Extent
     first_slot: int
     engine_blocks: tuple[int, ...]
+    group: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ import torch
 from saltern.client.lifeline import Arena, Lifeline, Mapping
 from saltern.vllm.copier import ATTACH_SECONDS_MAX, Finished, Shard, check_bounds, extent_slices
 from saltern.vllm.copies import Copy
+from saltern.vllm.geometry import NULL_BLOCK
 from saltern.vllm.layout import Layout
 
 logger = logging.getLogger(__name__)
@@ -42,15 +43,15 @@ class _Running(NamedTuple):
 class _Lane:
     """One direction: a stream, and a ring of staging buffers that it alone uses, in its own order."""
 
-    def __init__(self, device: torch.device, slot_bytes: int) -> None:
+    def __init__(self, device: torch.device, slot_bytes_max: int) -> None:
         self.stream = torch.cuda.Stream(device)
-        self._ring = torch.empty((STAGING_SLOTS, slot_bytes), dtype=torch.uint8, device=device)
+        self._ring = torch.empty((STAGING_SLOTS, slot_bytes_max), dtype=torch.uint8, device=device)
         self._next = 0
 
-    def staging(self) -> torch.Tensor:
+    def staging(self, slot_bytes: int) -> torch.Tensor:
         """Return the next buffer; what used it before is ahead of us in the stream."""
         self._next = (self._next + 1) % STAGING_SLOTS
-        return self._ring[self._next]
+        return self._ring[self._next, :slot_bytes]
 
 
 class CudaCopier:
@@ -60,19 +61,23 @@ class CudaCopier:
         self._lifeline = lifeline
         self._layout = layout
         self._device = kv.device
-        self._loads = _Lane(kv.device, layout.slot_bytes)
-        self._stores = _Lane(kv.device, layout.slot_bytes)
+        slot_bytes_max = max(group.slot_bytes for group in layout.groups)
+        self._loads = _Lane(kv.device, slot_bytes_max)
+        self._stores = _Lane(kv.device, slot_bytes_max)
         self._running: deque[_Running] = deque()
         self._failed: list[Finished] = []
         self._is_pinned = False
-        self._pages = [
-            torch.as_strided(
-                kv,
-                (tensor.layers, layout.blocks, tensor.page_bytes),
-                (tensor.layer_stride, tensor.block_stride, 1),
-                tensor.offset,
-            )
-            for tensor in layout.tensors
+        self._pages = [  # by group and tensor
+            [
+                torch.as_strided(
+                    kv,
+                    (tensor.layers, layout.blocks, tensor.page_bytes),
+                    (tensor.layer_stride, tensor.block_stride, 1),
+                    tensor.offset,
+                )
+                for tensor in group.tensors
+            ]
+            for group in layout.groups
         ]
         lifeline.on_map, lifeline.on_unmap = self._register, self._unregister
 
@@ -124,12 +129,15 @@ class CudaCopier:
         check_bounds(copy, shard, self._layout, mapping)
         arena = torch.frombuffer(mapping.buffer, dtype=torch.uint8)
         for piece in copy.pieces:
+            group, pages = self._layout.groups[piece.group], self._pages[piece.group]
             for slot, engine_block in enumerate(piece.engine_blocks, start=piece.first_slot):
-                position = shard.offset + slot * shard.slot_bytes
-                parts = extent_slices(piece.extent, position, shard.slot_bytes, mapping.page_bytes)
-                staging = lane.staging()
+                if engine_block == NULL_BLOCK:
+                    continue
+                position = shard.position(group, slot)
+                parts = extent_slices(piece.extent, position, group.slot_bytes, mapping.page_bytes)
+                staging = lane.staging(group.slot_bytes)
                 if is_store:
-                    self._gather(engine_block, staging)
+                    _gather(pages, engine_block, staging)
                 done = 0
                 for part in parts:
                     size = part.stop - part.start
@@ -140,21 +148,7 @@ class CudaCopier:
                         here.copy_(there, non_blocking=True)
                     done += size
                 if not is_store:
-                    self._scatter(staging, engine_block)
-
-    def _gather(self, engine_block: int, staging: torch.Tensor) -> None:
-        done = 0
-        for pages in self._pages:
-            block = pages[:, engine_block]
-            staging[done : done + block.numel()].view(block.shape).copy_(block)
-            done += block.numel()
-
-    def _scatter(self, staging: torch.Tensor, engine_block: int) -> None:
-        done = 0
-        for pages in self._pages:
-            block = pages[:, engine_block]
-            block.copy_(staging[done : done + block.numel()].view(block.shape))
-            done += block.numel()
+                    _scatter(staging, pages, engine_block)
 
     def _register(self, arena: Arena) -> None:
         """Pin the arena. Copies to memory that isn't are correct, but slow and not asynchronous."""
@@ -171,3 +165,19 @@ class CudaCopier:
             with torch.cuda.device(self._device):
                 view = torch.frombuffer(arena.buffer, dtype=torch.uint8)
                 torch.cuda.cudart().cudaHostUnregister(view.data_ptr())
+
+
+def _gather(tensors: list[torch.Tensor], engine_block: int, staging: torch.Tensor) -> None:
+    done = 0
+    for pages in tensors:
+        block = pages[:, engine_block]
+        staging[done : done + block.numel()].view(block.shape).copy_(block)
+        done += block.numel()
+
+
+def _scatter(staging: torch.Tensor, tensors: list[torch.Tensor], engine_block: int) -> None:
+    done = 0
+    for pages in tensors:
+        block = pages[:, engine_block]
+        block.copy_(staging[done : done + block.numel()].view(block.shape))
+        done += block.numel()

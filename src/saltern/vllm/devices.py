@@ -7,7 +7,7 @@ import torch
 
 from saltern.client.lifeline import Lifeline
 from saltern.vllm.copier import CpuCopier
-from saltern.vllm.layout import Layout
+from saltern.vllm.layout import Layout, layer_specs
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -50,7 +50,13 @@ def _cpu_packings(config: "VllmConfig", kv_config: "KVCacheConfig") -> list[str]
     """Return how the CPU backend packs a page: it depends on the instructions that the CPU has."""
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
+    specs = [
+        spec
+        for group in kv_config.kv_cache_groups
+        for spec in layer_specs(group)
+        if hasattr(spec, "head_size")  # others are kept as they are
+    ]
     return [
         str(_get_attn_isa(spec.dtype, spec.block_size, spec.head_size, config.cache_config.cache_dtype))
-        for spec in (group.kv_cache_spec for group in kv_config.kv_cache_groups)
+        for spec in specs
     ]

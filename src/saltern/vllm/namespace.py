@@ -2,7 +2,8 @@
 
 Two engines share KV only if every fact here is equal, so a fact too many costs hits and a fact too few
 serves wrong bytes. A path is no identity, so the weights are known by what their files hold: the index, and of
-each file its size, samples, the time of its last change, and the name that a hub's cache gave its content.
+each file its size, samples, the time of its last change, and the name that a hub's cache gave its content. A model that
+is run by its own code is known by that as well.
 """
 
 import json
@@ -25,9 +26,9 @@ SAMPLE_BYTES = 4096
 def namespace_digest(vllm_config: Any, *, vllm_version: str, worker_facts: list[Mapping[str, Any]]) -> bytes:
     """Return the digest of an engine's facts. `worker_facts` come from each rank, in rank order."""
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
-    speculative = vllm_config.speculative_config
+    load, speculative = vllm_config.load_config, vllm_config.speculative_config
     facts = {
-        "weights": _weights_identity(model.model, model.revision),
+        "weights": _weights_identity(model.model, model.revision, has_code=model.trust_remote_code),
         "revision": str(model.revision),
         "code_revision": str(model.code_revision),
         "hf_config": {  # after overrides
@@ -36,7 +37,10 @@ def namespace_digest(vllm_config: Any, *, vllm_version: str, worker_facts: list[
         "hf_overrides": repr(model.hf_overrides),
         "dtype": str(model.dtype),
         "quantization": str(model.quantization),
-        "load_format": str(vllm_config.load_config.load_format),  # "dummy" reads none of the files
+        "quantization_config": repr(model.quantization_config),
+        "implementation": [str(model.model_impl), repr(model.model_class_overrides)],
+        "load_format": str(load.load_format),  # "dummy" reads none of the files
+        "load_config": repr(load.model_loader_extra_config),  # may name other files
         "max_model_len": model.max_model_len,  # LongRoPE takes other factors for long contexts
         "kv_dtype": str(cache.cache_dtype),
         "kv_skipped_layers": repr(getattr(cache, "kv_cache_dtype_skip_layers", None)),
@@ -55,7 +59,7 @@ def namespace_digest(vllm_config: Any, *, vllm_version: str, worker_facts: list[
     return digest(b"saltern.nspace", [json.dumps(facts, sort_keys=True, default=repr).encode()])
 
 
-def _weights_identity(model: str, revision: str | None) -> str:
+def _weights_identity(model: str, revision: str | None, *, has_code: bool) -> str:
     folder = _model_folder(model, revision)
     files = [] if folder is None else sorted(file for file in folder.iterdir() if file.suffix in WEIGHT_SUFFIXES)
     if folder is None or not files:
@@ -64,8 +68,9 @@ def _weights_identity(model: str, revision: str | None) -> str:
         )
         return os.urandom(16).hex()
     summary = blake2b(digest_size=32)
-    for index in sorted(folder.glob("*.index.json")):
-        summary.update(digest(b"saltern.index", [index.name.encode(), index.read_bytes()]))
+    code = folder.rglob("*.py") if has_code else ()
+    for text in sorted([*folder.glob("*.index.json"), *code]):
+        summary.update(digest(b"saltern.index", [str(text.relative_to(folder)).encode(), text.read_bytes()]))
     for file in files:
         content_name = file.resolve().name.encode()  # in a hub's cache a digest of all of it
         summary.update(digest(b"saltern.weights", [file.name.encode(), content_name, *_samples(file)]))

@@ -1,18 +1,8 @@
 """The planner: what the scheduler's side of the connector decides, without vLLM.
 
-One request, as it is seen here (`Phase`):
-
-              first ask                Acquired                 admitted with a hit
-    IDLE ───────────────────► ASKED ───────────────► ANSWERED ─────────────────────► LOADING
-     ▲                          │                       │                               │
-     │                          │ patience is out       │ nothing beyond what           │ admitted a second
-     │                          ▼                       ▼ the engine has                ▼ time, loaded
-     └──────────────────────  MISSED  ◄─────────────────┘                              IDLE
-        admitted; a further ask comes only after a preemption, and starts anew
-
-A store is no phase: it belongs to the engine's blocks, not to the request, which may be preempted or gone
-before the copy is made. Blocks are held from the step that fills them until every rank has reported, the
-server has refused them, or its answer is overdue.
+What becomes of a request is drawn in `saltern.vllm.track`. A store is no phase of it: it belongs to the engine's
+blocks, not to the request, which may be preempted or gone before the copy is made. Blocks are held from the step that
+fills them until every rank has reported, the server has refused them, or its answer is overdue.
 
     plan(): full blocks ── hold, Reserve ──► Reserved ── next plan(): Copy ──► reports of all ranks ── Commit, free
 
@@ -20,72 +10,57 @@ Nothing here raises for what a request carries or the server does.
 """
 
 import logging
-import sys
-from array import array
-from collections.abc import Callable, Mapping, Sequence, Set
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
-from enum import Enum
 from itertools import count
 from typing import Protocol
 
-from saltern.core.keys import (
-    Content,
-    Key,
-    UserId,
-    UserKey,
-    block_key,
-    namespace_content,
-    next_content,
-    unsigned_user_key,
-    user_id,
-)
+from saltern.core.extents import Extent
+from saltern.core.keys import Key
 from saltern.core.messages import (
     KEYS_MAX,
+    PUBLIC_TENANT,
+    PUBLIC_USER,
     Abort,
     Acquire,
     Acquired,
     Commit,
     Discard,
-    Grant,
     LeaseId,
+    Loading,
     LookedUp,
     Lookup,
+    NamespaceChanged,
+    PublicDepth,
     Refusal,
     Release,
     Reply,
-    Request,
     Reserve,
     Reserved,
 )
+from saltern.publishing import Mark
 from saltern.vllm.copies import Copies, Copy, Piece, Reports
-from saltern.vllm.settings import StoreMode
+from saltern.vllm.geometry import NULL_BLOCK, Geometry, Pages, kept
+from saltern.vllm.names import Names, SaltCounts, ServerSession
+from saltern.vllm.pace import Pace
+from saltern.vllm.questions import Answer, Question, Questions
+from saltern.vllm.settings import LOAD_PATIENCE_MS, StoreMode
+from saltern.vllm.track import EngineRequest, Phase, Track
 
 logger = logging.getLogger(__name__)
 
 ASKING_SECONDS_MAX = 300e-6
 """Most time that all asks of one `schedule()` together may wait: one call walks every waiting request."""
 
+NO_DISK_SECONDS = 1e-9
+"""How long a block takes, says who wants no answer to wait for the disk: no disk is faster."""
+
 HELD_SHARE_MAX = 0.25
 """Largest share of the engine's blocks that may be held for stores; more would cost it batch size."""
 
-assert sys.byteorder == "little" and array("i").itemsize == 4, "keys hash token ids as little-endian int32"
-
-
-class EngineRequest(Protocol):
-    """What is read of vLLM's request. It is live: vLLM updates it in place."""
-
-    request_id: str
-    num_computed_tokens: int
-    num_output_placeholders: int
-    num_prompt_tokens: int
-
-    @property
-    def num_tokens(self) -> int:
-        """Return how many tokens are known."""
-
-    @property
-    def all_token_ids(self) -> Sequence[int]:
-        """Return the ids of the known tokens."""
+TablesOf = Callable[[str], Sequence[Sequence[int]] | None]
+"""Names the engine blocks of a request, by group; None for one that isn't in the step."""
 
 
 class EngineBlocks(Protocol):
@@ -102,75 +77,6 @@ class EngineBlocks(Protocol):
         """Undo one `hold` of each block."""
 
 
-class ServerSession(Protocol):
-    """The way to the server; `saltern.vllm.session.Session` is the real one."""
-
-    incarnation: bytes
-    naming_secret: bytes
-
-    @property
-    def is_open(self) -> bool:
-        """Return whether leases can be had."""
-
-    def connect_if_due(self) -> None:
-        """Connect where there is no connection and it is time to try."""
-
-    def send(self, message: Request) -> bool:
-        """Send; False if there is no session."""
-
-    def receive(self, timeout: float = 0.0) -> list[Reply]:
-        """Return answers that came in, waiting for the first."""
-
-
-class Phase(Enum):
-    """Where a request stands with us; see the drawing above."""
-
-    IDLE = "idle"
-    ASKED = "asked"
-    ANSWERED = "answered"
-    MISSED = "missed"
-    LOADING = "loading"
-
-
-class Track:
-    """One request: its identity, its growing chain of keys, and its phase."""
-
-    def __init__(self, request: EngineRequest, salt: str, extras: bytes) -> None:
-        self.request = request
-        self.salt = salt
-        self.extras = extras
-        self.phase = Phase.IDLE
-        self.load_failed = False  # then it matches nothing for the rest of its life
-        self.incarnation = b""  # of the session that the fields below belong to
-        self.user_key = UserKey(b"")
-        self.user = UserId(b"")
-        self.tokens = array("i")
-        self.content = Content(b"")  # of the last key
-        self.keys: list[Key] = []
-        self.start = 0  # first block asked for
-        self.asked_at = 0.0
-        self.asks = 0
-        self.awaited = 0  # number of the last Acquire: an answer to an earlier one only tells the time
-        self.looked_up: int | None = None  # blocks that the early lookup saw
-        self.looked_up_at = 0.0
-        self.acquired: Acquired | None = None
-        self.acquired_at = float("inf")  # until the server has named a time: then it counts the Reserve's own
-        self.offered = 0  # blocks [0, offered) are in the cache or were offered to it
-        self.settled = 0  # blocks [offered, settled) were turned down: they are offered again with the next block only
-
-
-@dataclass
-class Question:
-    """A request to the server that has no answer yet. `held` are the engine blocks of a Reserve."""
-
-    track: Track
-    sent_at: float
-    held: tuple[int, ...] = ()
-    first_block: int = 0
-    is_dropped: bool = False  # nobody waits any more: what it brings is given back
-    plans: int = 0  # how many steps it has been open
-
-
 @dataclass
 class Operation:
     """A copy under way: what is released, committed or aborted when every rank has reported."""
@@ -178,8 +84,8 @@ class Operation:
     copy: Copy
     track: Track
     lease: LeaseId
-    keys: tuple[Key, ...]
     is_store: bool
+    discard: Discard | None = None  # of a load, for when its blocks are to blame
     held: tuple[int, ...] = ()
     first_block: int = 0
     is_with_workers: bool = False
@@ -199,17 +105,14 @@ class Operation:
         return self.is_spoiled or self.failed > self.untouched
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """Sizes in tokens. A block of the cache is `slots` engine blocks."""
+@dataclass
+class DiskCounts:
+    """How requests fared that waited for blocks from the server's disk."""
 
-    block_tokens: int
-    engine_block_tokens: int
-
-    @property
-    def slots(self) -> int:
-        """Return how many engine blocks make one block of ours."""
-        return self.block_tokens // self.engine_block_tokens
+    loads: int = 0
+    blocks: int = 0
+    seconds: float = 0.0  # waited, all together
+    misses: int = 0  # that were not waited for, or not to the end, and computed
 
 
 class Planner:
@@ -225,7 +128,10 @@ class Planner:
         ranks: int,
         store: StoreMode,
         naming_secret: bytes | None,
+        strict: bool = False,
+        wall_clock: Callable[[], float] = time.time,
         patience_seconds: float,
+        load_patience_seconds: float = LOAD_PATIENCE_MS / 1000,
         clock: Callable[[], float],
     ) -> None:
         self._session = session
@@ -233,39 +139,67 @@ class Planner:
         self._geometry = geometry
         self._ranks = ranks
         self._store = store
-        self._naming_secret = naming_secret
         self._patience_seconds = patience_seconds
+        self._load_patience_seconds = load_patience_seconds
         self._clock = clock
-        self._root = namespace_content(namespace)
+        self._names = Names(
+            session=session,
+            geometry=geometry,
+            namespace=namespace,
+            naming_secret=naming_secret,
+            strict=strict,
+            wall_clock=wall_clock,
+        )
         self._incarnation = b""  # of the session that is open
         self._track_by_id: dict[str, Track] = {}
-        self._question_by_number: dict[int, Question] = {}  # in the order of sending
+        self._starting_anew: set[str] = set()  # requests whose load failed, until vLLM admits them
+        self._questions = Questions(
+            patience_seconds=patience_seconds, load_patience_seconds=load_patience_seconds, clock=clock
+        )
+        self._pace = Pace(block_tokens=geometry.block_tokens, clock=clock)
+        self._disk = DiskCounts()
         self._operation_by_id: dict[int, Operation] = {}
         self._copies = Copies()  # for the next step
         self._numbers = count(1)
         self._held = 0  # engine blocks held, each as often as it is held
         self._asking_seconds = ASKING_SECONDS_MAX  # left in this schedule()
-        if HELD_SHARE_MAX * blocks.total < geometry.slots:
+        if HELD_SHARE_MAX * blocks.total < geometry.engine_blocks:
             logger.warning(
-                "nothing will be stored: a block of %d tokens is more than the share of vLLM's %d blocks of %d tokens"
-                " that may be held for stores; set saltern.block_tokens lower",
+                "nothing will be stored: a block of %d tokens takes %d of vLLM's %d blocks, more than the share that"
+                " may be held for stores; set saltern.block_tokens lower",
                 geometry.block_tokens,
+                geometry.engine_blocks,
                 blocks.total,
-                geometry.engine_block_tokens,
             )
 
     # What vLLM asks, in the order of a request's life
 
-    def add(self, request: EngineRequest, salt: str, extras: bytes = b"") -> None:
+    def add(
+        self,
+        request: EngineRequest,
+        salt: str,
+        extras: bytes = b"",
+        mark: Mark | None = None,
+        *,
+        only_published: bool = False,
+    ) -> None:
         """Take a new request that may be cached, and look its prompt up early.
 
-        `extras` is what decides its KV beside the tokens, the same for every block: an adapter's identity.
+        `extras` is what decides its KV beside the tokens, the same for every block: an adapter's identity. With a
+        `mark` that holds, its prompt is stored for all users; with `only_published` it is not
+        cached otherwise.
         """
         try:
-            track = Track(request, salt, extras)
+            track = Track(request, salt, extras, began_at=self._clock())
             self._poll()
-            if self._prepare(track, request.num_tokens) and self._responds():
-                self._ask(track, Lookup(next(self._numbers), track.user, tuple(track.keys)))
+            if mark is not None:
+                self._names.publish(track, mark)
+            if only_published and track.publication is None:
+                return
+            if self._names.prepare(track, request.num_tokens) and self._questions.responds:
+                keys, states, public = self._names.wanted(track)
+                number, pace = next(self._numbers), self._pace.block_seconds
+                self._ask(track, Lookup(number, track.user, keys, states, track.tenant, public, pace))
             self._track_by_id[request.request_id] = track
         except (OverflowError, TypeError, ValueError) as error:  # token ids that are none
             logger.warning("request %s is not cached: %s", request.request_id, error)
@@ -273,7 +207,15 @@ class Planner:
     def match(self, request_id: str, local_tokens: int) -> int | None:
         """Return how many tokens beyond the engine's own `local_tokens` can be loaded; None is "ask again"."""
         track = self._track_by_id.get(request_id)
-        if track is None or track.load_failed:
+        if track is None:
+            return 0
+        if track.load_failed:
+            # vLLM has freed its blocks, and yet keeps it at the head of those that hold some. Where it then needs more
+            # than are free, those behind it, who could free theirs, are never looked at. "Ask again" moves it out.
+            track.asks += 1
+            return None if track.asks == 1 and request_id in self._starting_anew else 0
+        if self._starting_anew:
+            # vLLM reserves room for these: who asks for a load and doesn't fit would wait for them, before them.
             return 0
         self._poll()
         if track.phase is Phase.ANSWERED and track.start * self._geometry.block_tokens > local_tokens:
@@ -281,11 +223,16 @@ class Planner:
             track.phase = Phase.IDLE
         if track.phase in (Phase.IDLE, Phase.LOADING):
             self._acquire(track, local_tokens)
-        if track.phase is Phase.ASKED:
+        self._wait_for(track)
+        if track.phase is Phase.COMING and track.asks and self._clock() >= track.waits_until:
+            track.phase = Phase.LATE
+        if track.phase is Phase.LATE:
+            self._disk.misses += 1
+            self._acquire(track, local_tokens, with_disk=False)
             self._wait_for(track)
-        if track.phase is Phase.ASKED:
+        if track.phase in (Phase.ASKED, Phase.COMING):
             track.asks += 1
-            if track.asks == 1 or self._clock() - track.asked_at < self._patience_seconds:
+            if track.asks == 1 or self._clock() < track.waits_until:
                 return None
             track.phase = Phase.MISSED
         if track.phase is not Phase.ANSWERED:
@@ -298,49 +245,55 @@ class Planner:
             return 0
         return matched
 
-    def admit(self, request_id: str, block_ids: Sequence[int], loaded_tokens: int) -> None:
-        """Take note that a request was given blocks, the last `loaded_tokens` of which we have to fill.
+    def admit(self, request_id: str, tables: Sequence[Sequence[int]], loaded_tokens: int) -> None:
+        """Take note that a request was given engine blocks, of which we have to fill those of the last `loaded_tokens`.
 
-        Comes a second time, with 0, when an asynchronous load is done: only what never became a load is
-        released.
+        `tables` has the request's engine blocks by group. Comes a second time, with 0, when an asynchronous load is
+        done: only what never became a load is released.
         """
         track = self._track_by_id.get(request_id)
         if track is None:
             assert not loaded_tokens, "a hit for a request that isn't tracked"
             return
         if loaded_tokens:
-            self._load(track, block_ids, loaded_tokens)
+            self._load(track, tables, loaded_tokens)
             track.phase = Phase.LOADING
             return
         self._release_answer(track)
+        self._starting_anew.discard(request_id)
         track.phase = Phase.IDLE
 
-    def plan(self, scheduled_tokens: Mapping[str, int], block_ids_of: Callable[[str], Sequence[int] | None]) -> Copies:
+    def plan(self, scheduled_tokens: Mapping[str, int], tables_of: TablesOf) -> Copies:
         """Offer the blocks that this step fills and return what the workers shall copy.
 
         `scheduled_tokens` counts what the step computes for each request, speculated tokens left out;
-        `block_ids_of` names the engine blocks of a request that is in it.
+        `tables_of` names the engine blocks of a request that is in it, by group.
         """
         self._asking_seconds = ASKING_SECONDS_MAX
+        self._pace.begin(scheduled_tokens.values())
         self._poll()
-        self._give_up_overdue()
+        for question in self._questions.take_overdue():
+            self._give_up(question)
         for request_id, tokens in scheduled_tokens.items():
             track = self._track_by_id.get(request_id)
             if track is not None:
-                self._offer(track, tokens, block_ids_of)
+                self._offer(track, tokens, tables_of)
         copies, self._copies = self._copies, Copies()
         for copy in (*copies.loads, *copies.stores):
             self._operation_by_id[copy.op_id].is_with_workers = True
         return copies
 
-    def spoil(self, block_ids: Set[int]) -> None:
-        """Take in which engine blocks could not be loaded, whoever says so: vLLM asks anew for their requests.
+    def spoil(self, block_ids: Set[int], request_ids: Set[str] = frozenset()) -> None:
+        """Take in which engine blocks, or whose, could not be loaded, whoever says so: vLLM asks anew for them.
 
         Comes before the report that ends their loads.
         """
-        for operation in self._operation_by_id.values() if block_ids else ():
-            if not operation.is_store and any(block_ids & set(piece.engine_blocks) for piece in operation.copy.pieces):
-                operation.is_spoiled = True
+        for operation in self._operation_by_id.values() if block_ids or request_ids else ():
+            copy = operation.copy
+            is_spoiled = copy.request_id in request_ids or any(
+                not block_ids.isdisjoint(piece.engine_blocks) for piece in copy.pieces
+            )
+            operation.is_spoiled |= is_spoiled and not operation.is_store
 
     def report(self, reports: Reports) -> None:
         """Take in what ranks have finished or failed; ends the operations that every rank has reported."""
@@ -355,30 +308,33 @@ class Planner:
             if operation.done + operation.failed >= self._ranks:
                 self._finish(operation)
 
+    def end_step(self) -> None:
+        """Take note that the oldest step under way has ended: once for each `plan`, whatever it computed."""
+        self._pace.end()
+
     def remove(self, request_id: str) -> None:
         """Forget a request that is finished or aborted; its copies under way go on."""
         track = self._track_by_id.pop(request_id, None)
         if track is not None:
+            self._starting_anew.discard(request_id)
             self._release_answer(track)
-            self._drop_questions(track)
+            self._questions.drop(track)
 
     def reset(self, namespace: bytes) -> None:
         """Start a new namespace: what was computed so far is neither matched nor stored any more."""
         for request_id in list(self._track_by_id):
             self.remove(request_id)
-        for question in self._question_by_number.values():
+        for question in self._questions:
             self._give_up(question)
         for operation in self._operation_by_id.values():
             operation.is_spoiled |= operation.is_store  # aborted, once every rank has let go of it
-        self._root = namespace_content(namespace)
+        self._names.change_namespace(namespace)
+        self._session.send(NamespaceChanged(self._names.root))
 
     @property
     def has_unfinished_work(self) -> bool:
         """Return whether steps are needed, even empty ones, to end what is held or asked."""
-        return bool(self._operation_by_id) or any(
-            question.held or question.plans == 0 or self._clock() - question.sent_at < self._patience_seconds
-            for question in self._question_by_number.values()
-        )
+        return bool(self._operation_by_id) or self._questions.are_awaited
 
     @property
     def has_stores_in_flight(self) -> bool:
@@ -390,52 +346,44 @@ class Planner:
         """Return how much of each kind is under way: all zero when the engine has drained."""
         return {
             "requests": len(self._track_by_id),
-            "questions": len(self._question_by_number),
+            "questions": len(self._questions),
             "operations": len(self._operation_by_id),
             "held blocks": self._held,
         }
 
+    def take_salt_counts(self) -> SaltCounts:
+        """Return what the salts of requests were since the last call."""
+        return self._names.take_salt_counts()
+
+    def take_disk_counts(self) -> DiskCounts:
+        """Return how loads from the server's disk went since the last call."""
+        disk, self._disk = self._disk, DiskCounts()
+        return disk
+
+    def disk_tokens(self, request_id: str, loaded_tokens: int) -> int:
+        """Return how many of the tokens that a request loads came from the server's disk while it waited."""
+        track = self._track_by_id.get(request_id)
+        blocks = track.coming_blocks if track is not None else 0
+        return min(blocks * self._geometry.block_tokens, loaded_tokens)
+
     # Asking
 
-    def _prepare(self, track: Track, tokens: int) -> bool:
-        """Bring a request's keys up to its first `tokens` tokens, in the present session; False without one.
-
-        Raises for token ids that are none, with or without a session: so `add` meets all that the prompt has.
-        """
-        size = self._geometry.block_tokens
-        tokens = min(tokens, KEYS_MAX * size)  # what no message can name is not cached
-        if len(track.tokens) < tokens:
-            track.tokens.extend(track.request.all_token_ids[len(track.tokens) : tokens])
-        if not self._session.is_open:
-            return False
-        if track.incarnation != self._session.incarnation:
-            track.incarnation = self._session.incarnation
-            track.user_key = unsigned_user_key(self._naming_secret or self._session.naming_secret, track.salt)
-            track.user = user_id(track.user_key)
-            track.content = self._root
-            track.keys.clear()
-            track.offered = track.settled = 0
-            track.acquired_at = float("inf")
-        for start in range(len(track.keys) * size, tokens - size + 1, size):
-            track.content = next_content(track.content, track.tokens[start : start + size].tobytes(), track.extras)
-            track.keys.append(block_key(track.user_key, track.content))
-        return True
-
-    def _responds(self) -> bool:
-        """Return whether the server answers: while one answer is overdue, nothing more is asked."""
-        oldest = next(iter(self._question_by_number.values()), None)
-        return oldest is None or self._clock() - oldest.sent_at < self._patience_seconds or oldest.plans <= 1
-
-    def _acquire(self, track: Track, local_tokens: int) -> None:
+    def _acquire(self, track: Track, local_tokens: int, *, with_disk: bool = True) -> None:
         track.phase = Phase.MISSED
-        if not self._prepare(track, track.request.num_tokens) or not track.keys or not self._responds():
+        if not self._names.prepare(track, track.request.num_tokens) or not self._questions.responds:
+            return
+        keys, states, public = self._names.wanted(track)
+        if not keys:
             return
         track.start = local_tokens // self._geometry.block_tokens
         track.asked_at = self._clock()
+        track.waits_until = track.asked_at + self._patience_seconds
         track.asks = 0
         track.awaited = next(self._numbers)
-        keys = tuple(track.keys)
-        if not self._ask(track, Acquire(track.awaited, track.user, keys, min(track.start, len(keys)))):
+        track.with_disk = with_disk
+        track.coming_blocks = 0
+        start, pace = min(track.start, len(keys)), self._pace.block_seconds if with_disk else NO_DISK_SECONDS
+        if not self._ask(track, Acquire(track.awaited, track.user, keys, start, states, track.tenant, public, pace)):
             return
         # The lookup sent at arrival has often been answered by now. If there is nothing to load, the Acquire
         # only marks the prefix as used, and nobody waits for it. A request that has queued for long asks anew:
@@ -447,18 +395,15 @@ class Planner:
 
     def _wait_for(self, track: Track) -> None:
         """Wait for the answer, as long as this schedule() may still wait."""
-        while track.phase is Phase.ASKED and self._asking_seconds > 0 and self._responds():
+        while track.phase is Phase.ASKED and self._asking_seconds > 0 and self._questions.responds:
             began = self._clock()
             self._poll(self._asking_seconds)
             self._asking_seconds -= max(self._clock() - began, 1e-6)
 
-    def _ask(self, track: Track, message: Lookup | Acquire | Reserve, *, held: tuple[int, ...] = ()) -> bool:
+    def _ask(self, track: Track, message: Lookup | Acquire) -> bool:
         if not self._session.send(message):
             return False
-        first_block = message.start if isinstance(message, Reserve) else 0
-        self._question_by_number[message.request] = Question(
-            track, sent_at=self._clock(), held=held, first_block=first_block
-        )
+        self._questions.add(message.request, Question(track, since=self._clock()))
         return True
 
     # Answers
@@ -471,32 +416,73 @@ class Planner:
         if incarnation != self._incarnation:
             self._lose_session()
             self._incarnation = incarnation
+            self._names.renew()
         for reply in replies:
             self._take(reply)
 
     def _take(self, reply: Reply) -> None:
         match reply:
-            case LookedUp(number, ready):
-                question = self._question_by_number.pop(number, None)
+            case LookedUp():
+                question = self._question_of(reply)
                 if question is not None and not question.is_dropped:
-                    question.track.looked_up = ready
-                    question.track.looked_up_at = question.sent_at
+                    question.track.looked_up = reply.ready
+                    question.track.looked_up_at = question.since
+            case Loading():
+                self._take_loading(self._question_of(reply), reply)
             case Acquired():
-                question = self._question_by_number.pop(reply.request, None)
-                self._take_acquired(question, reply)
+                self._take_acquired(self._question_of(reply), reply)
             case Reserved():
-                question = self._question_by_number.pop(reply.request, None)
-                self._take_reserved(question, reply)
+                self._take_reserved(self._question_of(reply), reply)
+            case PublicDepth(blocks):
+                self._names.public_depth = blocks
             case _:
                 logger.error("the server sent an unexpected %s", type(reply).__name__)
+
+    def _question_of(self, reply: Answer) -> Question | None:
+        """Take the question that this is the answer to; None if it can't be one, and is given back."""
+        question = self._questions.take(reply)
+        if question is None or question.is_dropped or question.fits(reply):
+            return question
+        logger.error("the server sent a %s that doesn't fit what was asked", type(reply).__name__)
+        self._give_up(question)
+        return None
+
+    def _take_loading(self, question: Question | None, reply: Loading) -> None:
+        """Let a request wait for what comes from the disk, as long as computing it would take and patience lasts.
+
+        So a disk that is slower than it believes costs a request no more than twice what no disk would have. Who waits
+        no longer asks once more, for what is there without the disk.
+        """
+        if question is None:
+            return
+        self._questions.wait_for_disk(reply.request, question)
+        track = question.track
+        if question.is_dropped or track.phase is not Phase.ASKED or track.awaited != reply.request:
+            return
+        blocks = min(reply.blocks, len(track.keys))  # others may wait for more of the same load
+        computing_seconds = blocks * self._pace.block_seconds or float("inf")  # inf: not known yet
+        wait_seconds = min(computing_seconds, self._load_patience_seconds)
+        if not track.with_disk:
+            track.phase = Phase.MISSED
+        elif reply.seconds < wait_seconds:
+            track.coming_blocks = blocks
+            track.waits_until = question.since + wait_seconds
+            track.phase = Phase.COMING
+        else:  # not a number neither
+            track.phase = Phase.LATE
 
     def _take_acquired(self, question: Question | None, reply: Acquired) -> None:
         if question is not None and not question.is_dropped:
             track = question.track
             track.acquired_at = reply.acquired_at
             track.offered = max(track.offered, reply.ready)
-            is_whole = len(reply.extents) == max(reply.ready - track.start, 0)
-            if track.phase is Phase.ASKED and track.awaited == reply.request and is_whole:
+            blocks = max(reply.ready - track.start, 0)
+            is_whole = len(reply.extents) == blocks + (blocks > 0 and self._geometry.has_states)
+            if track.phase in (Phase.ASKED, Phase.COMING) and track.awaited == reply.request and is_whole:
+                if track.phase is Phase.COMING:
+                    self._disk.loads += 1
+                    self._disk.blocks += min(track.coming_blocks, blocks)
+                    self._disk.seconds += self._clock() - question.since
                 track.acquired = reply
                 track.phase = Phase.ANSWERED
                 return
@@ -508,54 +494,36 @@ class Planner:
             if reply.lease:
                 self._session.send(Abort(reply.lease))
             return
-        track, slots, first = question.track, self._geometry.slots, question.first_block
+        track = question.track
         if reply.refusal is not None:
             track.offered = min(track.offered, reply.upto)
-            if reply.refusal is not Refusal.NO_PARENT:  # which the next offer puts right
-                track.settled = max(track.settled, first + len(question.held) // slots)
-        granted = [
-            (grant, question.held[(grant.index - first) * slots : (grant.index - first + 1) * slots])
-            for grant in reply.grants
-        ]
-        kept = tuple(block_id for _, held in granted for block_id in held)
+            is_for_good = question.is_cut if reply.refusal is Refusal.NO_PARENT else reply.refusal is Refusal.ERASED
+            if is_for_good:  # the engine has forgotten what is missing, or the user is forgotten
+                track.settled = KEYS_MAX
+            elif reply.refusal is not Refusal.NO_PARENT:  # which the next offer puts right
+                track.settled = max(track.settled, question.end_block)
+        granted = {grant.index: grant.extent for grant in reply.grants}
+        held = tuple(engine_block for index in granted for engine_block in kept(question.pages[index]))
         if granted:
-            self._store_granted(track, reply.lease, granted, kept)
-        spare = set(question.held) - set(kept)
-        self._free([block_id for block_id in question.held if block_id in spare])
-
-    def _store_granted(
-        self, track: Track, lease: LeaseId, granted: list[tuple[Grant, tuple[int, ...]]], held: tuple[int, ...]
-    ) -> None:
-        pieces = tuple(Piece(extent=grant.extent, first_slot=0, engine_blocks=blocks) for grant, blocks in granted)
-        keys = tuple(track.keys[grant.index] for grant, _ in granted)
-        copy = Copy(next(self._numbers), track.incarnation, track.request.request_id, pieces)
-        self._copies.stores.append(copy)
-        self._operation_by_id[copy.op_id] = Operation(
-            copy, track, lease, keys, is_store=True, held=held, first_block=granted[0][0].index
-        )
+            pieces = tuple(
+                piece for index, extent in granted.items() for piece in _pieces(extent, question.pages[index])
+            )
+            copy = Copy(next(self._numbers), track.incarnation, track.request.request_id, pieces)
+            self._copies.stores.append(copy)
+            self._operation_by_id[copy.op_id] = Operation(
+                copy, track, reply.lease, is_store=True, held=held, first_block=min(granted)
+            )
+        spare = set(question.held) - set(held)
+        self._free([engine_block for engine_block in question.held if engine_block in spare])
 
     def _release_answer(self, track: Track) -> None:
         acquired, track.acquired = track.acquired, None
         if acquired is not None and acquired.lease and track.incarnation == self._session.incarnation:
             self._session.send(Release(acquired.lease))
 
-    def _drop_questions(self, track: Track) -> None:
-        """Stop waiting for lookups and acquires of a request; its reservations still stand."""
-        for question in self._question_by_number.values():
-            if question.track is track and not question.held:
-                question.is_dropped = True
-
-    def _give_up_overdue(self) -> None:
-        """Free what is held for reservations that the server doesn't answer."""
-        now = self._clock()
-        for question in self._question_by_number.values():
-            question.plans += 1
-            if question.held and question.plans > 1 and now - question.sent_at >= self._patience_seconds:
-                self._give_up(question)
-
     def _give_up(self, question: Question) -> None:
         """Wait for an answer no longer: what it brings is given back, what is held for it is freed."""
-        if question.held:
+        if question.pages and not question.is_dropped:
             question.track.offered = min(question.track.offered, question.first_block)
         self._free(question.held)
         question.held = ()
@@ -563,64 +531,111 @@ class Planner:
 
     def _lose_session(self) -> None:
         """Give up what only the lost session could have answered; copies under way are still reported."""
-        for question in self._question_by_number.values():
+        for question in self._questions:
             self._free(question.held)
-        self._question_by_number.clear()
+        self._questions.clear()
         for copy in self._copies.stores:  # no worker has heard of them
             self._free(self._operation_by_id.pop(copy.op_id).held)
         self._copies.stores.clear()
         for track in self._track_by_id.values():
             track.acquired = None
             track.looked_up = None
-            if track.phase in (Phase.ASKED, Phase.ANSWERED):
+            if track.phase in (Phase.ASKED, Phase.COMING, Phase.LATE, Phase.ANSWERED):
                 track.phase = Phase.MISSED
 
     # Copies
 
-    def _load(self, track: Track, block_ids: Sequence[int], loaded_tokens: int) -> None:
-        acquired, slots = track.acquired, self._geometry.slots
+    def _load(self, track: Track, tables: Sequence[Sequence[int]], loaded_tokens: int) -> None:
+        acquired, geometry = track.acquired, self._geometry
         assert acquired is not None, "a hit was admitted that nobody pins"
-        end = acquired.ready * slots
-        first = end - loaded_tokens // self._geometry.engine_block_tokens
-        pieces, keys = [], []
-        for index in range(first // slots, acquired.ready):
-            begin = max(first, index * slots)  # a local hit may end inside a block of ours
-            pieces.append(
-                Piece(
-                    extent=acquired.extents[index - track.start],
-                    first_slot=begin - index * slots,
-                    engine_blocks=tuple(block_ids[begin : (index + 1) * slots]),
-                )
-            )
-            keys.append(track.keys[index])
+        begin = acquired.ready * geometry.block_tokens - loaded_tokens
+        pieces: list[Piece] = []
+        first = begin // geometry.block_tokens
+        for index in range(first, acquired.ready):
+            extent, pages = acquired.extents[index - track.start], geometry.pages(tables, index)
+            # A local hit may end inside a block of ours.
+            skipped = [max(begin - index * geometry.block_tokens, 0) // group.block_tokens for group in geometry.groups]
+            pieces += _pieces(extent, pages, skipped)
+        if geometry.has_states:
+            pieces += _pieces(acquired.extents[-1], geometry.state_pages(tables, acquired.ready))
         copy = Copy(next(self._numbers), track.incarnation, track.request.request_id, tuple(pieces))
         self._copies.loads.append(copy)
-        self._operation_by_id[copy.op_id] = Operation(copy, track, acquired.lease, tuple(keys), is_store=False)
+        discard = Discard(track.user, track.keys[first], track.tenant)
+        if first < acquired.public:
+            discard = Discard(PUBLIC_USER, track.public[first], PUBLIC_TENANT)
+        self._operation_by_id[copy.op_id] = Operation(copy, track, acquired.lease, is_store=False, discard=discard)
         track.acquired = None
 
-    def _offer(self, track: Track, scheduled_tokens: int, block_ids_of: Callable[[str], Sequence[int] | None]) -> None:
-        """Reserve room for the blocks of a request that this step fills with confirmed tokens."""
-        request, size, slots = track.request, self._geometry.block_tokens, self._geometry.slots
-        computed = request.num_computed_tokens + scheduled_tokens - request.num_output_placeholders
-        known = request.num_prompt_tokens if self._store is StoreMode.PROMPT else request.num_tokens
-        if not self._prepare(track, min(computed, known) // size * size):
+    def _offer(self, track: Track, scheduled_tokens: int, tables_of: TablesOf) -> None:
+        """Reserve room for the blocks of a request that this step fills with confirmed tokens, and for its state."""
+        request, geometry = track.request, self._geometry
+        reached = request.num_computed_tokens + scheduled_tokens
+        is_prompt_only = self._store is StoreMode.PROMPT or track.publication is not None
+        known = request.num_prompt_tokens if is_prompt_only else request.num_tokens
+        full = min(reached - request.num_output_placeholders, known) // geometry.block_tokens
+        if not self._names.prepare(track, full * geometry.block_tokens):
             return
         first = track.offered  # 0 in a new session
-        room = int(HELD_SHARE_MAX * self._blocks.total) - self._held
-        full = min(min(computed, known) // size, len(track.keys), first + room // slots)  # the rest with a later step
-        if full <= max(first, track.settled) or not self._responds():
+        room = (int(HELD_SHARE_MAX * self._blocks.total) - self._held) // geometry.engine_blocks
+        full = min(full, len(track.keys), first + room)  # the rest with a later step
+        has_blocks = full > max(first, track.settled)
+        # A state belongs to the token with which the step ends, and to no other.
+        has_state = geometry.has_states and full * geometry.block_tokens == reached and 0 < full != track.state_offered
+        has_state = has_state and room > 0 and (has_blocks or full <= first)
+        if not (has_blocks or has_state) or not self._questions.responds:
             return
-        block_ids = block_ids_of(request.request_id)
-        if block_ids is None:
+        tables = tables_of(request.request_id)
+        if tables is None:
             return
-        held = tuple(block_ids[first * slots : full * slots])
+        pages = {index: geometry.pages(tables, index) for index in range(first, full)}
+        start = full
+        while start - 1 in pages and geometry.is_whole(pages[start - 1], start - 1):
+            start -= 1
+        offered = {index: pages[index] for index in range(start, full)}
+        keys = track.keys[:full]
+        state = geometry.state_pages(tables, full) if has_state else ()
+        if has_state and all(NULL_BLOCK not in engine_blocks for engine_blocks in state):
+            offered[full] = state
+            keys.append(track.states[full - 1])
+        if offered:
+            self._reserve(track, tuple(keys), offered, start=start, is_cut=start > first, ends_in_state=full in offered)
+        else:
+            track.settled = max(track.settled, full)
+
+    def _reserve(
+        self,
+        track: Track,
+        keys: tuple[Key, ...],
+        pages: Mapping[int, Pages],
+        *,
+        start: int,
+        is_cut: bool,
+        ends_in_state: bool,
+    ) -> None:
+        """Ask for room for the blocks from `start` on, and hold their engine blocks until it is answered."""
+        number, blocks = next(self._numbers), len(keys) - ends_in_state
+        public = tuple(track.public[:blocks])
         message = Reserve(
-            next(self._numbers), track.user, tuple(track.keys[:full]), start=first, acquired_at=track.acquired_at
+            number,
+            track.user,
+            keys,
+            start,
+            track.acquired_at,
+            ends_in_state,
+            track.tenant,
+            public,
+            began_at=track.began_at,
         )
-        if self._ask(track, message, held=held):
-            self._blocks.hold(held)
-            self._held += len(held)
-            track.offered = full
+        if not self._session.send(message):
+            return
+        held = tuple(engine_block for offered in pages.values() for engine_block in kept(offered))
+        self._blocks.hold(held)
+        self._held += len(held)
+        question = Question(track, self._clock(), pages, held, first_block=start, end_block=blocks, is_cut=is_cut)
+        self._questions.add(number, question)
+        track.offered = max(track.offered, blocks)
+        if ends_in_state:
+            track.state_offered = blocks
 
     def _finish(self, operation: Operation) -> None:
         del self._operation_by_id[operation.copy.op_id]
@@ -628,7 +643,9 @@ class Planner:
             self._free(operation.held)
         track = operation.track
         if operation.is_failed and not operation.is_store:
-            track.load_failed = True
+            track.load_failed, track.asks = True, 0
+            if self._track_by_id.get(track.request.request_id) is track:
+                self._starting_anew.add(track.request.request_id)
             track.offered = track.settled = 0  # the request computes itself what the cache loses
         if operation.copy.incarnation != self._session.incarnation:
             return  # the lease went with its session
@@ -638,11 +655,19 @@ class Planner:
                 track.settled = max(track.settled, track.offered)
                 track.offered = min(track.offered, operation.first_block)
             return
-        if operation.is_bad:
-            self._session.send(Discard(track.user, operation.keys[0]))
+        if operation.is_bad and operation.discard is not None:
+            self._session.send(operation.discard)
         self._session.send(Release(operation.lease))
 
     def _free(self, block_ids: Sequence[int]) -> None:
         if block_ids:
             self._blocks.free(block_ids)
             self._held -= len(block_ids)
+
+
+def _pieces(extent: Extent, pages: Pages, skipped: Sequence[int] | None = None) -> Iterator[Piece]:
+    """Yield what to copy between an extent and engine blocks, but for the first `skipped` slots of each group."""
+    for group, engine_blocks in enumerate(pages):
+        first = 0 if skipped is None else skipped[group]
+        if kept((engine_blocks[first:],)):
+            yield Piece(extent, first, engine_blocks[first:], group)

@@ -15,7 +15,18 @@ from enum import Enum
 from functools import partial
 
 from saltern.client.control import ConnectionLost, Control
-from saltern.core.messages import NAME_BYTES, Attached, Refused, Reply, Request, SchedulerHello, SessionEnded, Welcome
+from saltern.core.keys import Content
+from saltern.core.messages import (
+    NAME_BYTES,
+    Attached,
+    Refused,
+    Reply,
+    Request,
+    SchedulerHello,
+    SessionEnded,
+    SigningSecrets,
+    Welcome,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +52,8 @@ class Session:
         engine: str,
         workers: tuple[bytes, ...],
         block_bytes: int,
+        state_bytes: int = 0,
+        block_tokens: int = 0,
         clock: Callable[[], float],
         server_uid: int | None = None,
         connect: Callable[[str], Control] | None = None,
@@ -49,6 +62,9 @@ class Session:
         self._engine = engine
         self._workers = workers
         self._block_bytes = block_bytes
+        self._state_bytes = state_bytes
+        self._block_tokens = block_tokens
+        self.root = Content(b"")
         self._clock = clock
         self._connect = connect or partial(Control.connect, server_uid=server_uid)
         self._control: Control | None = None
@@ -58,6 +74,7 @@ class Session:
         self.phase = SessionPhase.CLOSED
         self.incarnation = b""
         self.naming_secret = b""
+        self.signing_secrets: tuple[bytes, ...] = ()
 
     @property
     def is_open(self) -> bool:
@@ -72,7 +89,17 @@ class Session:
             self._control = self._connect(self._path)
             self.phase = SessionPhase.GREETING
             self.incarnation = os.urandom(NAME_BYTES)
-            self._control.send(SchedulerHello(self._engine, self.incarnation, self._workers, self._block_bytes))
+            self._control.send(
+                SchedulerHello(
+                    self._engine,
+                    self.incarnation,
+                    self._workers,
+                    self._block_bytes,
+                    state_bytes=self._state_bytes,
+                    root=self.root,
+                    block_tokens=self._block_tokens,
+                )
+            )
         except ConnectionLost as lost:
             self._close(str(lost))
 
@@ -110,6 +137,9 @@ class Session:
             match reply:
                 case Welcome():
                     self.naming_secret = reply.naming_secret
+                    self.signing_secrets = reply.signing_secrets
+                case SigningSecrets(secrets):
+                    self.signing_secrets = secrets
                 case Attached():
                     self.phase = SessionPhase.OPEN
                     self._retry_seconds = RETRY_SECONDS_MIN

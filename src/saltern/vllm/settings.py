@@ -19,6 +19,12 @@ A round trip takes 0.1 ms, but on a machine with more work than cores a server h
 miss costs more. It is paid once for a frozen server, and never for a dead one, whose end is seen at once.
 """
 
+LOAD_PATIENCE_MS = 2000.0
+"""How long a request waits at most for blocks from the server's disk, however much computing them would take.
+
+A disk that reads 1 GB/s brings 2 GB in that time; one that hasn't by then has a problem that waiting doesn't solve.
+"""
+
 BLOCK_TOKENS = 128
 """Tokens of a block: the smallest size at which a page of a small model is still copied at memory speed."""
 
@@ -28,8 +34,10 @@ KNOWN = (
     "saltern.block_tokens",
     "saltern.store",
     "saltern.require_salt",
+    "saltern.strict",
     "saltern.secret_file",
     "saltern.patience_ms",
+    "saltern.load_patience_ms",
     "saltern.server_uid",
 )
 
@@ -52,8 +60,10 @@ class Settings(Struct, frozen=True):
     block_tokens: int | None = None  # None: `BLOCK_TOKENS`, or vLLM's block size where that is larger
     store: StoreMode = StoreMode.PROMPT
     require_salt: bool = False
+    strict: bool = False
     naming_secret: bytes | None = None  # None: the server's
     patience_seconds: float = PATIENCE_MS / 1000
+    load_patience_seconds: float = LOAD_PATIENCE_MS / 1000
     server_uid: int | None = None  # who may serve us, beside root and the engine's own user
 
 
@@ -72,8 +82,10 @@ def parse_settings(extra_config: Mapping[str, Any]) -> Settings:
         block_tokens=_checked(values, "saltern.block_tokens", int, None, "a number of tokens"),
         store=_store_mode(_checked(values, "saltern.store", str, "prompt", '"prompt" or "all"')),
         require_salt=_checked(values, "saltern.require_salt", bool, False, "true or false"),
+        strict=_checked(values, "saltern.strict", bool, False, "true or false"),
         naming_secret=_secret(_checked(values, "saltern.secret_file", str, None, "the path of a file")),
-        patience_seconds=_patience(values) / 1000,
+        patience_seconds=_milliseconds(values, "saltern.patience_ms", PATIENCE_MS, most=10_000) / 1000,
+        load_patience_seconds=_milliseconds(values, "saltern.load_patience_ms", LOAD_PATIENCE_MS, most=60_000) / 1000,
         server_uid=_checked(values, "saltern.server_uid", int, None, "a user's number"),
     )
 
@@ -94,10 +106,10 @@ def _store_mode(value: str) -> StoreMode:
         raise SettingsError(f'saltern.store is {value!r}, but must be "prompt" or "all"') from None
 
 
-def _patience(values: Mapping[str, Any]) -> float:
-    value = values.get("saltern.patience_ms", PATIENCE_MS)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 10_000:
-        raise SettingsError(f"saltern.patience_ms is {value!r}, but must be a number of milliseconds up to 10000")
+def _milliseconds(values: Mapping[str, Any], name: str, default: float, *, most: int) -> float:
+    value = values.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
+        raise SettingsError(f"{name} is {value!r}, but must be a number of milliseconds up to {most}")
     return float(value)
 
 

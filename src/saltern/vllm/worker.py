@@ -49,11 +49,15 @@ class Worker:
         for copy in copies.loads:
             self._copier.submit(copy, shards[self.rank], is_store=False)
         for copy in copies.stores:
-            self._copier.submit(copy, shards[self.rank], is_store=True)
+            if shards[self.rank].is_writer:
+                self._copier.submit(copy, shards[self.rank], is_store=True)
+            else:  # another rank writes the same bytes to the same place
+                self._reports.add(Reports(done={copy.op_id: 1}))
 
-    def collect_loaded(self) -> set[str]:
-        """Take in the copies that ended; return the requests whose load is over, well or badly."""
+    def collect_loaded(self) -> tuple[set[str], set[str]]:
+        """Take in the copies that ended; return the requests whose load is over, and which of them failed."""
         loaded: set[str] = set()
+        failed: set[str] = set()
         for finished in self._copier.finished() if self._copier else ():
             self._finished.append(finished)
             copy, ended = finished.copy, {finished.copy.op_id: 1}
@@ -67,8 +71,9 @@ class Worker:
             if not finished.is_store:
                 loaded.add(copy.request_id)
                 if finished.is_failed:
+                    failed.add(copy.request_id)
                     self._bad_blocks.update(block for piece in copy.pieces for block in piece.engine_blocks)
-        return loaded
+        return loaded, failed
 
     def take_bad_blocks(self) -> set[int]:
         """Return the engine blocks that could not be loaded since the last call."""
