@@ -112,7 +112,8 @@ class FakeExecutor(Executor):
 class Answer(msgspec.Struct):
     """What a client got: the tokens, why they ended, and how many prompt tokens were not computed."""
 
-    tokens: list[int] = []
+    max_tokens: int
+    tokens: list[int] = []  # of a session: those of its last turn
     finish_reason: str | None = None
     local_tokens: int = 0
     external_tokens: int = 0
@@ -132,6 +133,13 @@ class Counts(msgspec.Struct):
     aborts: int = 0
     aborts_during_load: int = 0
     resets: int = 0
+    turns: int = 0
+    drafted_tokens: int = 0
+    rejected_tokens: int = 0
+    records_written: int = 0
+    records_read: int = 0
+    records_lost: int = 0
+    erasures: int = 0
 
 
 LoadFault = Callable[[int, str, list[int]], set[int]]
@@ -158,12 +166,13 @@ class Engine:
         self.options = options
         self.weights = np.uint64(0)  # what the KV depends on beside the tokens
         self.on_step = on_step
+        self.on_idle: Callable[[], None] | None = None  # asked whenever vLLM's loop would sleep
         self.answers: dict[str, Answer] = {}
         self.counts = Counts()
         self._idle_steps = 0  # in a row
         self._requests: dict[str, Request] = {}
         self._sequences: dict[str, Sequence] = {}
-        self._max_tokens: dict[str, int] = {}
+        self.uncached: set[str] = set()  # requests that no cache may store or read for
         self._findings: list[Finding] = []
         self._leftovers = leftovers
         self.load_fault = load_fault
@@ -178,6 +187,8 @@ class Engine:
         assert isinstance(self.core.scheduler, Scheduler), "not one of vLLM's schedulers"
         self.scheduler = self.core.scheduler
         self.pool = self.scheduler.kv_cache_manager.block_pool
+        self._preempt = self.scheduler._preempt_request
+        self.scheduler._preempt_request = self._preempt_and_forget
         self.workers_executor = cast(FakeExecutor, self.core.model_executor)
         self.workers = self.workers_executor.workers
 
@@ -202,24 +213,60 @@ class Engine:
     # Clients
 
     def add(
-        self, request_id: str, prompt: list[int], salt: str | None = None, max_tokens: int = 1, **sampling: Any
+        self,
+        request_id: str,
+        prompt: list[int],
+        salt: str | None = None,
+        max_tokens: int = 1,
+        priority: int = 0,
+        is_session: bool = False,
+        **sampling: Any,
     ) -> None:
-        """Send a request. `sampling` goes to vLLM's `SamplingParams`."""
+        """Send a request, or begin a session that waits for more when it has answered (see `go_on`).
+
+        `sampling` goes to vLLM's `SamplingParams`.
+        """
         assert len(prompt) + max_tokens <= self.options.context_tokens, "longer than the context"
         self._sequences[request_id] = Sequence(prompt, user_tag(self.options, salt))
-        self._max_tokens[request_id] = max_tokens
-        self.answers[request_id] = Answer()
+        self.answers[request_id] = Answer(max_tokens=max_tokens)
         self.counts.requests += 1
-        request = self._requests[request_id] = Request(
+        request = self._request(
+            request_id, prompt, max_tokens, cache_salt=salt, priority=priority, resumable=is_session, **sampling
+        )
+        self._requests[request_id] = request
+        if is_session or request.skip_reading_prefix_cache:
+            self.uncached.add(request_id)
+        self._alive(lambda: self.core.add_request(request))
+
+    def go_on(self, request_id: str, prompt: list[int], max_tokens: int = 1) -> None:
+        """Add to the prompt of a session, or end it with an empty one."""
+        if request_id in self.scheduler.requests and not self.scheduler.requests[request_id].is_finished():
+            self.counts.turns += bool(prompt)
+            more = self._request(request_id, prompt or [0], max_tokens, resumable=bool(prompt))
+            self._alive(lambda: self.core.add_request(more))
+
+    def _request(
+        self,
+        request_id: str,
+        prompt: list[int],
+        max_tokens: int,
+        *,
+        cache_salt: str | None = None,
+        priority: int = 0,
+        resumable: bool = False,
+        **sampling: Any,
+    ) -> Request:
+        return Request(
             request_id=request_id,
-            prompt_token_ids=prompt,
+            prompt_token_ids=list(prompt),  # a session's grows in place
             sampling_params=SamplingParams(max_tokens=max_tokens, ignore_eos=True, temperature=0.0, **sampling),
             pooling_params=None,
             arrival_time=float(self.counts.requests),
-            cache_salt=salt,
+            cache_salt=cache_salt,
+            priority=priority,
+            resumable=resumable,
             block_hasher=self.core.request_block_hasher,
         )
-        self._alive(lambda: self.core.add_request(request))
 
     def abort(self, request_id: str, while_executing: bool = False) -> None:
         """Abort between steps, or, as when a client hangs up during one, just before the next output is processed."""
@@ -243,6 +290,10 @@ class Engine:
         self.add(request_id, prompt, salt, max_tokens)
         self.run()
         return self.answers[request_id]
+
+    def reset_prefix_cache(self, *, with_connector: bool) -> None:
+        """Have vLLM forget what it has cached, as an operator may at any time; it may refuse, while blocks are used."""
+        self._alive(lambda: self.core.reset_prefix_cache(False, with_connector))
 
     def change_weights(self) -> bool:
         """Change the weights in place, as a trainer does: preempt all, empty both caches, go on.
@@ -277,6 +328,7 @@ class Engine:
         """Take one step of the busy loop. Returns whether a forward pass was submitted."""
         self.pass_time()
         outputs, executed = self._alive(self.core.step_fn)
+        self.core.post_step(executed)
         self.counts.steps += 1
         self.counts.empty_steps += not executed
         self.counts.preemptions = sum(request.num_preemptions for request in self._requests.values())
@@ -292,6 +344,12 @@ class Engine:
         """Let happen around the engine what happens during a step; an idle engine takes none, and time passes."""
         if self.on_step is not None:
             self._alive(self.on_step)
+
+    def rest(self) -> None:
+        """Let time pass that an idle engine sleeps through."""
+        self.pass_time()
+        if self.on_idle is not None:
+            self.on_idle()
 
     def run(self, until: Callable[[], bool] | None = None) -> None:
         """Step until nothing is left to do, or until a condition holds."""
@@ -332,7 +390,7 @@ class Engine:
         right = sequence.tokens(sequence.prompt_tokens + count)[sequence.prompt_tokens :]
         if answer.tokens != right:
             self.found(WrongOutput(f"request {request_id} answered {answer.tokens}, its prefix decides {right}"))
-        if answer.finish_reason == "length" and count != self._max_tokens[request_id]:
+        if answer.finish_reason == "length" and count != answer.max_tokens:
             self.found(WrongOutput(f"request {request_id} ended after {count} tokens"))
 
     def _alive(self, call: Callable[[], Any]) -> Any:
@@ -352,10 +410,36 @@ class Engine:
         """Return what each request consists of."""
         return self._sequences
 
+    def _preempt_and_forget(self, request: Request, *args: Any, **rest: Any) -> Any:
+        """Preempt, and keep vLLM from finding what it never computed.
+
+        It names blocks as it schedules them. A request that has to go in the very step in which it was scheduled, for
+        one of higher priority, leaves such blocks behind, and whoever asks for their name next would be given them.
+        """
+        tables = self.scheduler.kv_cache_manager.get_blocks(request.request_id).blocks
+        computed = request.num_computed_tokens // self.options.block_tokens
+        self.pool.evict_blocks({block.block_id for table in tables for block in table[computed:] if not block.is_null})
+        return self._preempt(request, *args, **rest)
+
     # Asked by the workers
 
     def sequence(self, request_id: str) -> Sequence:
         return self._sequences[request_id]
+
+    def prompt(self, request_id: str, prompt: list[int]) -> int:
+        """Take the prompt that a worker was sent, the longer one of a session that goes on; return its length."""
+        sequence = self._sequences[request_id]
+        if prompt != sequence.known[: sequence.prompt_tokens]:
+            assert request_id in self.uncached and len(prompt) > sequence.prompt_tokens, "the prompt is another one"
+            self._sequences[request_id] = Sequence(prompt, sequence.tag)
+            max_tokens = self._requests[request_id].max_tokens
+            self.answers[request_id] = Answer(max_tokens=max_tokens)
+        return len(prompt)
+
+    def drafted(self, tokens: int, rejected_tokens: int) -> None:
+        """Count what the workers drafted."""
+        self.counts.drafted_tokens += tokens
+        self.counts.rejected_tokens += rejected_tokens
 
     def found(self, finding: Finding) -> None:
         self._findings.append(finding)
@@ -385,8 +469,8 @@ class Engine:
 
     def _loaded_blocks(self, request: Request) -> list[int]:
         # Blocks found in the local prefix cache have a hash already; loaded ones get theirs once the load is done.
-        (blocks,) = self.scheduler.kv_cache_manager.get_blocks(request.request_id).blocks
-        return [block.block_id for block in blocks if block.block_hash is None]
+        tables = self.scheduler.kv_cache_manager.get_blocks(request.request_id).blocks
+        return [block.block_id for table in tables for block in table if block.block_hash is None and not block.is_null]
 
     # The end
 

@@ -1,5 +1,7 @@
 """The model that does not exist: what its KV and its next token would be, as a function of the prefix."""
 
+from collections.abc import Iterable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -43,6 +45,20 @@ class Sequence:
         self._extend(end)
         return np.array(self._hashes[start:end], dtype=np.uint64)
 
+    def hashes_astray(self, start: int, tokens: Iterable[int]) -> Words:
+        """Return the prefix hashes of positions `start` and on, were these the tokens there."""
+        self._extend(start)
+        prefix_hash = self._hashes[start - 1]
+        hashes = [prefix_hash := mix(prefix_hash ^ (token + 1)) for token in tokens]
+        return np.array(hashes, dtype=np.uint64)
+
+    def draft(self, position: int, count: int) -> list[int]:
+        """Guess the tokens after `position`: some are right, how many hangs on the prefix, and the next one isn't."""
+        (choice,) = self.hashes(position, position + 1).tolist()
+        right = mix(choice ^ _GOLDEN) % (count + 1)
+        guessed = self.tokens(position + 1 + count)[position + 1 :]
+        return guessed[:right] + [(token + 1) % VOCABULARY for token in guessed[right:]]
+
     def _extend(self, count: int) -> None:
         while len(self._hashes) < count:
             position = len(self._hashes)
@@ -53,21 +69,21 @@ class Sequence:
 
 
 def kv(hashes: Words, keys: Words) -> Words:
-    """Return the KV of positions with these prefix hashes.
+    """Return the KV of positions with these prefix hashes, or the state behind them.
 
-    `keys` come from `slot_keys`, of shape [layers, heads, words]; the result is [positions, layers, heads, words].
+    `keys` come from `slot_keys`, of shape [layers, words]; the result is [positions, layers, words].
     """
-    values = hashes[:, None, None, None] ^ keys[None]
+    values = hashes[:, None, None] ^ keys[None]
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
 
 
-def slot_keys(rank: int, layers: int, heads: int, words: int) -> Words:
-    """Return one key for each place of a slot, so that no two ranks, layers, heads or words hold the same value."""
-    count = layers * heads * words
-    keys = [mix(1 + rank * count + index) for index in range(count)]
-    return np.array(keys, dtype=np.uint64).reshape(layers, heads, words)
+def slot_keys(rank: int, tensor: int, layers: int, words: int) -> Words:
+    """Return one key for each word of a slot, so that no two ranks, tensors, layers or words hold the same value."""
+    first = mix(mix(rank + 1) ^ tensor)
+    keys = [mix(first ^ index) for index in range(layers * words)]
+    return np.array(keys, dtype=np.uint64).reshape(layers, words)
 
 
 def mix(value: int) -> int:

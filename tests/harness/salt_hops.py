@@ -14,14 +14,19 @@ import msgspec
 import pytest
 from vllm.v1.request import Request
 
+from saltern.core.blocks import Block
 from saltern.core.extents import Extent, Run
 from saltern.core.keys import UserId, UserKey, block_key, unsigned_user_key, user_id
 from saltern.core.messages import Acquire, Acquired, Lookup, Reserve, Reserved
 from saltern.core.tenants import Tenant, User
 from saltern.vllm import connector as connector_module
+from saltern.vllm import names as names_module
 from saltern.vllm import planner as planner_module
 from saltern.vllm.copies import Copies, Copy
-from saltern.vllm.planner import Planner, Question, Track
+from saltern.vllm.planner import Planner
+from saltern.vllm.questions import Question
+from saltern.vllm.session import Session
+from saltern.vllm.track import Track
 from saltern.vllm.worker import Worker
 
 from . import engine as engine_module
@@ -74,7 +79,11 @@ def connector(patch: Patch, loss: Loss) -> None:
 
 def track(patch: Patch, loss: Loss) -> None:
     """What the planner remembers of the request."""
-    patch.setattr(planner_module, "Track", lambda request, salt, extras: Track(request, loss(salt, ""), extras=extras))
+
+    def make(request: Any, salt: str, extras: bytes, **rest: Any) -> Track:
+        return Track(request, loss(salt, ""), extras, **rest)
+
+    patch.setattr(planner_module, "Track", make)
 
 
 def user_key(patch: Patch, loss: Loss) -> None:
@@ -83,29 +92,29 @@ def user_key(patch: Patch, loss: Loss) -> None:
     def make(secret: bytes, salt: str) -> UserKey:
         return loss(unsigned_user_key(secret, salt), unsigned_user_key(secret, ""))
 
-    patch.setattr(planner_module, "unsigned_user_key", make)
+    patch.setattr(names_module, "unsigned_user_key", make)
 
 
 def user_name(patch: Patch, loss: Loss) -> None:
     """The user's id, made of the key."""
-    patch.setattr(planner_module, "user_id", lambda key: loss(user_id(key), UserId(bytes(16))))
+    patch.setattr(names_module, "user_id", lambda key: loss(user_id(key), UserId(bytes(16))))
 
 
 def block_names(patch: Patch, loss: Loss) -> None:
     """The names of the user's blocks, made of the key."""
-    patch.setattr(planner_module, "block_key", lambda key, content: block_key(loss(key, UserKey(b"")), content))
+    patch.setattr(names_module, "block_key", lambda key, content: block_key(loss(key, UserKey(b"")), content))
 
 
 def _message(kind: type[Any]) -> Callable[[Patch, Loss], None]:
     def message(patch: Patch, loss: Loss) -> None:
-        ask = Planner._ask
+        send = Session.send
 
-        def ask_for(self: Planner, track: Track, message: Any, **rest: Any) -> bool:
+        def send_for(self: Session, message: Any) -> bool:
             if isinstance(message, kind):
                 message = msgspec.structs.replace(message, user=loss(message.user, UserId(bytes(16))))
-            return ask(self, track, message, **rest)
+            return send(self, message)
 
-        patch.setattr(Planner, "_ask", ask_for)
+        patch.setattr(Session, "send", send_for)
 
     return message
 
@@ -165,7 +174,7 @@ def dictionary(patch: Patch, loss: Loss) -> None:
     """The server's choice of the dictionary that a new block goes to."""
     user = Tenant.user
 
-    def user_of(self: Tenant, name: UserId) -> User:
+    def user_of(self: Tenant[Block], name: UserId) -> User[Block]:
         return user(self, loss(name, UserId(bytes(16))))
 
     patch.setattr(Tenant, "user", user_of)
@@ -185,7 +194,7 @@ def _with_extents(copy: Copy, loss: Loss) -> Copy:
 
 def _with_blocks(copy: Copy, loss: Loss) -> Copy:
     own = tuple(piece.engine_blocks for piece in copy.pieces)
-    blocks = loss(own, tuple((0,) * len(engine_blocks) for engine_blocks in own))
+    blocks = loss(own, tuple((1,) * len(engine_blocks) for engine_blocks in own))
     return replace(
         copy,
         pieces=tuple(replace(piece, engine_blocks=taken) for piece, taken in zip(copy.pieces, blocks, strict=True)),

@@ -5,6 +5,7 @@ runs in one process and can be repeated, see `saltern_world`.
 """
 
 import importlib
+import os
 import signal
 import socket
 import subprocess
@@ -33,7 +34,8 @@ def saltern(options: Options, arena: str = ARENA) -> Iterator[Subject]:
     with tempfile.TemporaryDirectory(prefix="saltern-harness-") as folder:
         path = str(Path(folder) / "socket")
         command = [sys.executable, "-c", "import sys; from saltern.cli import main; sys.exit(main())"]
-        server = subprocess.Popen([*command, "serve", "--socket", path, "--arena", arena])
+        environment = {**os.environ, "XDG_STATE_HOME": folder}
+        server = subprocess.Popen([*command, "serve", "--socket", path, "--arena", arena], env=environment)
         try:
             _await_listening(path, server)
             settings = {

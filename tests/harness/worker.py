@@ -4,7 +4,6 @@ The order in which a connector's hooks are called is not written down here: for 
 the code that calls them is vLLM's own (`KVConnectorModelRunnerMixin`, `ActiveKVConnector`).
 """
 
-import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer import kv_transfer_state
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
@@ -20,37 +18,51 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backends.utils import record_kv_cache_layout
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
-from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+from vllm.v1.outputs import DraftTokenIds, KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.worker.gpu.kv_connector import ActiveKVConnector
 from vllm.v1.worker.kv_connector_model_runner_mixin import KVConnectorModelRunnerMixin
 from vllm.v1.worker.utils import allocate_kv_cache
 from vllm.v1.worker.worker_base import CompilationTimes
 
 from .findings import StrayWrite, WrongKV
-from .model import Words, kv, slot_keys
-from .options import HEAD_SIZE, Options
+from .model import Words, kv
+from .options import Options
+from .pages import Indices, Pages, Tensor
 
 if TYPE_CHECKING:
     from .engine import Engine
 
-GARBAGE = np.uint64(0xEEEEEEEEEEEEEEEE)
-
 
 class RequestState(msgspec.Struct):
-    """What a model runner remembers of a request: its block table and how many of its tokens are chosen already."""
+    """What a model runner remembers of a request: its block tables and how many of its tokens are chosen already.
+
+    Only the runner knows at once how many drafted tokens were right, so it keeps count itself of those computed for
+    good; `scheduled_start` is where the scheduler believes that this step starts.
+    """
 
     prompt_tokens: int
-    block_ids: list[int]
+    tables: list[list[int]]  # one a group
     known_tokens: int
+    computed_tokens: int
+    scheduled_start: int
+    rejected_tokens: int = 0  # drafted in the last step, and wrong
 
 
 class Chunk(msgspec.Struct, frozen=True):
-    """The positions `[start, end)` of one request that one step computes."""
+    """The positions `[start, end)` of one request that one step computes.
+
+    Those of `[certain_end, end)` hold drafted tokens. From `right_end` on these turn out wrong: their KV is that of
+    another continuation.
+    """
 
     request_id: str
     start: int
+    certain_end: int
+    right_end: int
     end: int
+    hashes: Words
+    is_sampled: bool  # and not a prefill that goes on
 
 
 class Worker:
@@ -64,17 +76,16 @@ class Worker:
         self._states: dict[str, RequestState] = {}
         self._pending: ModelRunnerOutput | None = None  # chosen tokens of a step whose sampling was not asked for yet
         self._pending_finished: set[str] = set()
+        self._drafts: DraftTokenIds | None = None
 
     # Start
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
-        spec = FullAttentionSpec(
-            block_size=self._options.block_tokens,
-            num_kv_heads=self._options.heads,
-            head_size=HEAD_SIZE,
-            dtype=torch.bfloat16,
-        )
-        return {f"model.layers.{layer}.self_attn.attn": spec for layer in range(self._options.layers)}
+        options = self._options
+        return {
+            f"model.layers.{layer}.self_attn.attn": describe(options.block_tokens, options.heads, options.window_tokens)
+            for layer, describe in enumerate(options.architecture.layers * options.layers)
+        }
 
     def get_supported_kv_cache_layouts(self) -> list[str]:
         return [self._options.layout]
@@ -94,12 +105,11 @@ class Worker:
         self.connector = connector
         layout = self._config.cache_config.get_resolved_kv_cache_layout()
         views = allocate_kv_cache(kv_cache_config, torch.device("cpu"), layout)
-        self._layer_names = list(views)
-        self._kv = _words([views[name] for name in self._layer_names])
-        self._keys = slot_keys(self.rank, *(self._kv.shape[axis] for axis in (0, 2, 4)))
+        groups = len(kv_cache_config.kv_cache_groups)
+        assert groups <= self._options.architecture.groups, "vLLM groups layers otherwise"
+        self._pages = Pages(kv_cache_config, views, self.rank)
         with self._as_current_connector():
             self._active_connector = ActiveKVConnector(self._config, views)
-        self._shadow = self._kv.copy()
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
         return CompilationTimes(language_model=0.0, encoder=0.0)
@@ -125,6 +135,11 @@ class Worker:
         self._find_stray_writes()
         return self._with_faults(output) if output is not None else None
 
+    def take_draft_token_ids(self) -> DraftTokenIds | None:
+        """Return what the last step drafted; only a scheduler that awaits each step asks."""
+        drafts, self._drafts = self._drafts, None
+        return drafts
+
     def sample_tokens(self, grammar_output: object) -> ModelRunnerOutput:
         assert self._pending is not None, "sampling without a forward pass"
         output, self._pending = self._pending, None
@@ -139,11 +154,16 @@ class Worker:
         self._update_states(scheduler_output)
         if not scheduler_output.total_num_scheduled_tokens:
             return KVConnectorModelRunnerMixin.kv_connector_no_forward(scheduler_output, self._config)
+        is_drafting = bool(self._options.speculated_tokens)  # the draft comes after the forward pass, saves after it
         with (
             set_forward_context(None, self._config),
-            KVConnectorModelRunnerMixin.maybe_get_kv_connector_output(scheduler_output) as kv_connector_output,
+            KVConnectorModelRunnerMixin.maybe_get_kv_connector_output(
+                scheduler_output, defer_finalize=is_drafting
+            ) as kv_connector_output,
         ):
             self._pending = self._forward(scheduler_output)
+        if is_drafting:
+            KVConnectorModelRunnerMixin.finalize_kv_connector()
         self._pending.kv_connector_output = kv_connector_output
         return None
 
@@ -162,87 +182,130 @@ class Worker:
         for request_id in scheduler_output.finished_req_ids:
             self._states.pop(request_id, None)
         for new in scheduler_output.scheduled_new_reqs:
-            prompt_tokens = len(new.prompt_token_ids or [])
+            prompt_tokens = self._engine.prompt(new.req_id, new.prompt_token_ids or [])
             # The second runner gets a resumed request as a new one, with the tokens it had chosen before.
             known_tokens = len(new.prefill_token_ids or []) or prompt_tokens
-            self._states[new.req_id] = RequestState(prompt_tokens, list(new.block_ids[0]), known_tokens)
+            start = new.num_computed_tokens
+            tables = [*map(list, new.block_ids)]
+            self._states[new.req_id] = RequestState(prompt_tokens, tables, known_tokens, start, start)
         cached = scheduler_output.scheduled_cached_reqs
         for index, request_id in enumerate(cached.req_ids):
             state = self._states[request_id]
             state.known_tokens = state.prompt_tokens + cached.num_output_tokens[index]
             new_block_ids = cached.new_block_ids[index]
+            state.scheduled_start = cached.num_computed_tokens[index]
             if request_id in cached.resumed_req_ids:
+                state.computed_tokens = state.scheduled_start
                 assert new_block_ids is not None, "resumed without blocks"
-                state.block_ids = list(new_block_ids[0])
+                state.tables = [*map(list, new_block_ids)]
             elif new_block_ids is not None:
-                state.block_ids.extend(new_block_ids[0])
+                for table, block_ids in zip(state.tables, new_block_ids, strict=True):
+                    table.extend(block_ids)
 
     def _forward(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput:
         """Write the KV of all chunks, check all that they attend to, and choose the next tokens."""
-        chunks = list(_chunks(scheduler_output))
-        for layer, name in enumerate(self._layer_names):
-            self.connector.wait_for_layer_load(name)
-            for chunk in chunks:
-                self._compute(layer, chunk)
-            self.connector.save_kv_layer(name, torch.empty(0), None)
-        for chunk in chunks:
-            self._check(chunk)
+        chunks = [self._chunk(scheduler_output, request_id) for request_id in scheduler_output.num_scheduled_tokens]
+        assert not scheduler_output.kv_cache_block_copies, "blocks are copied only for states inside of blocks"
+        for index, tensor in enumerate(self._pages.tensors):
+            if tensor.is_state:
+                for chunk in chunks:
+                    self._check(index, chunk, max(chunk.start - 1, 0), chunk.start)  # before it goes on
+            for layer, name in enumerate(tensor.names):
+                self.connector.wait_for_layer_load(name)
+                for chunk in chunks:
+                    self._compute(index, layer, chunk)
+                self.connector.save_kv_layer(name, torch.empty(0), None)
+            if not tensor.is_state:
+                for chunk in chunks:
+                    self._check(index, chunk, tensor.first_read(chunk.start), chunk.right_end)
+        if self._options.speculated_tokens and not self._options.asynchronous:
+            sampled = [chunk for chunk in chunks if chunk.is_sampled]
+            self._drafts = DraftTokenIds(
+                [chunk.request_id for chunk in sampled], [self._draft(chunk) for chunk in sampled]
+            )
         return ModelRunnerOutput(
             req_ids=[chunk.request_id for chunk in chunks],
             req_id_to_index={chunk.request_id: index for index, chunk in enumerate(chunks)},
             sampled_token_ids=[self._choose(chunk) for chunk in chunks],
         )
 
-    def _compute(self, layer: int, chunk: Chunk) -> None:
-        hashes = self._engine.sequence(chunk.request_id).hashes(chunk.start, chunk.end)
-        blocks, slots = self._places(chunk.request_id, chunk.start, chunk.end)
-        values = kv(hashes, self.keys[layer : layer + 1])[:, 0]
-        self._kv[layer, blocks, :, slots] = values
-        self._shadow[layer, blocks, :, slots] = values
+    def _chunk(self, scheduler_output: SchedulerOutput, request_id: str) -> Chunk:
+        """Return what a step computes of a request: its drafted tokens judged, and its place by our own count."""
+        state, sequence = self._states[request_id], self._engine.sequence(request_id)
+        start, count = state.computed_tokens, scheduler_output.num_scheduled_tokens[request_id]
+        drafted = scheduler_output.scheduled_spec_decode_tokens.get(request_id, [])
+        if self._options.asynchronous and drafted:
+            # The scheduler has not seen the draft: it knows the number only, and counts on all of the last one.
+            drafted = sequence.draft(start + count - len(drafted) - 1, len(drafted))
+        certain_end = start + count - len(drafted)
+        right = _equal_items(drafted, sequence.tokens(certain_end + len(drafted))[certain_end:])
+        unseen = state.rejected_tokens if self._options.asynchronous else 0
+        assert start <= state.scheduled_start <= start + unseen, f"{request_id} is at {start}, not {state}"
+        state.computed_tokens = right_end = certain_end + right
+        state.rejected_tokens = len(drafted) - right
+        self._engine.drafted(len(drafted), state.rejected_tokens)
+        certain, astray = sequence.hashes(start, certain_end), sequence.hashes_astray(certain_end, drafted)
+        return Chunk(
+            request_id=request_id,
+            start=start,
+            certain_end=certain_end,
+            right_end=right_end,
+            end=start + count,
+            hashes=np.concatenate([certain, astray]),
+            is_sampled=state.scheduled_start + count >= state.known_tokens,
+        )
 
-    def _check(self, chunk: Chunk) -> None:
-        expected = kv(self._engine.sequence(chunk.request_id).hashes(0, chunk.end), self.keys)
-        blocks, slots = self._places(chunk.request_id, 0, chunk.end)
-        wrong = self._kv[:, blocks, :, slots] != expected  # [positions, layers, heads, words]
+    def _draft(self, chunk: Chunk) -> list[int]:
+        """Return what follows the token that this step has chosen, or less, as a drafter does that finds nothing."""
+        sequence = self._engine.sequence(chunk.request_id)
+        return sequence.draft(chunk.right_end, chunk.right_end % (self._options.speculated_tokens + 1))
+
+    def _compute(self, index: int, layer: int, chunk: Chunk) -> None:
+        """Write what one layer keeps of a chunk: the KV of its tokens, or the state behind the last one."""
+        tensor = self._pages.tensors[index]
+        first = chunk.end - 1 if tensor.is_state else chunk.start
+        values = kv(chunk.hashes[first - chunk.start :], self._keys(tensor)[layer : layer + 1])[:, 0]
+        self._pages.write(index, layer, self._places(tensor, chunk, first, chunk.end), values)
+
+    def _check(self, index: int, chunk: Chunk, start: int, end: int) -> None:
+        """Report what is wrong among positions `[start, end)` that a chunk attends to, or in the state behind them."""
+        tensor = self._pages.tensors[index]
+        places = self._places(tensor, chunk, start, end)
+        expected = kv(self._engine.sequence(chunk.request_id).hashes(start, end), self._keys(tensor))
+        wrong = self._pages.wrong(index, places, expected)
         if not wrong.any():
             return
-        position, layer, head, _ = (int(index[0]) for index in np.nonzero(wrong))
+        position, layer, _ = (int(axis[0]) for axis in np.nonzero(wrong))
+        blocks, slots = places
         self._engine.found(
             WrongKV(
-                f"request {chunk.request_id} read wrong KV in rank {self.rank}, layer {layer}, head {head}, "
-                f"position {position} (block {blocks[position]}, slot {slots[position]}) while computing "
-                f"[{chunk.start}, {chunk.end}); {int(wrong.any(axis=(1, 2, 3)).sum())} positions are wrong, "
+                f"request {chunk.request_id} read wrong KV in rank {self.rank}, group {tensor.group}, layer {layer}, "
+                f"position {start + position} (block {blocks[position]}, slot {slots[position]}) while computing "
+                f"[{chunk.start}, {chunk.end}); {int(wrong.any(axis=(1, 2)).sum())} positions are wrong, "
                 f"in layers {sorted(set(np.nonzero(wrong)[1].tolist()))}"
             )
         )
 
+    def _places(self, tensor: Tensor, chunk: Chunk, start: int, end: int) -> tuple[Indices, Indices]:
+        return tensor.places(self._states[chunk.request_id].tables[tensor.group], start, end)
+
     def _choose(self, chunk: Chunk) -> list[int]:
-        """Return the next token, or nothing when the chunk ends before the last token that is already chosen."""
-        if chunk.end < self._states[chunk.request_id].known_tokens:
+        """Return the drafted tokens that are right and the one after them, or nothing while the prompt goes on."""
+        if not chunk.is_sampled:
             return []
-        return self._engine.sequence(chunk.request_id).tokens(chunk.end + 1)[-1:]
+        return self._engine.sequence(chunk.request_id).tokens(chunk.right_end + 1)[chunk.certain_end :]
 
-    @property
-    def keys(self) -> Words:
-        """Return the key of each place of a slot, under the present weights."""
-        return self._keys ^ self._engine.weights
-
-    def _places(self, request_id: str, start: int, end: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the blocks and the slots within them of positions `[start, end)`, by the block table."""
-        positions = np.arange(start, end)
-        table = np.array(self._states[request_id].block_ids)
-        return table[positions // self._options.block_tokens], positions % self._options.block_tokens
+    def _keys(self, tensor: Tensor) -> Words:
+        """Return the key of each word of a slot, under the present weights."""
+        return tensor.keys ^ self._engine.weights
 
     # Judgement
 
     def _find_stray_writes(self) -> None:
         """Report KV that changed although neither this worker's forward pass nor a load accounts for it."""
-        changed = set(np.nonzero((self._kv != self._shadow).any(axis=(0, 2, 3, 4)))[0].tolist())
-        if not changed:
-            return
-        if stray := changed - self._engine.loading_blocks():
+        stray = self._pages.take_changes() - self._engine.loading_blocks()
+        if stray:
             self._engine.found(StrayWrite(f"rank {self.rank}: blocks {sorted(stray)} changed, awaited by no load"))
-        self._shadow[:, sorted(changed)] = self._kv[:, sorted(changed)]
 
     def _with_faults(self, output: ModelRunnerOutput) -> ModelRunnerOutput:
         """Spoil the loads that the plan says fail, in the pass that reports them finished."""
@@ -250,9 +313,11 @@ class Worker:
         for request_id in sorted((report and report.finished_recving) or ()):
             block_ids = self._engine.load_faults(self.rank, request_id)
             assert isinstance(report, KVConnectorOutput), "nothing was reported"
-            report.invalid_block_ids = report.invalid_block_ids | block_ids
-            for block_id in block_ids:
-                self._kv[:, block_id] = self._shadow[:, block_id] = GARBAGE
+            if block_ids and self._options.names_bad_blocks:
+                report.invalid_block_ids = report.invalid_block_ids | block_ids
+            elif block_ids:
+                report.failed_recving = {*(report.failed_recving or ()), request_id}
+            self._pages.spoil(block_ids)
         return output
 
     def leftovers(self) -> list[str]:
@@ -269,33 +334,6 @@ class Worker:
             kv_transfer_state._KV_CONNECTOR_AGENT = None
 
 
-def _chunks(scheduler_output: SchedulerOutput) -> Iterator[Chunk]:
-    cached = scheduler_output.scheduled_cached_reqs
-    start_by_request = {new.req_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs}
-    start_by_request |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
-    for request_id, count in scheduler_output.num_scheduled_tokens.items():
-        start = start_by_request[request_id]
-        yield Chunk(request_id, start, start + count)
-
-
-def _words(views: list[torch.Tensor]) -> Words:
-    """Return all layers' KV as one array [layers, blocks, heads, tokens, words] over the same bytes.
-
-    `views` are [blocks, heads, tokens, elements] each, evenly spaced in one allocation.
-    """
-    first = views[0]
-    pointers = [view.data_ptr() for view in views]
-    layer_stride = pointers[1] - pointers[0] if len(views) > 1 else first.numel() * first.element_size()
-    assert all(b - a == layer_stride for a, b in itertools.pairwise(pointers)), "unevenly spaced layers"
-    size = first.element_size()
-    word = np.dtype(np.uint64).itemsize
-    assert first.stride(3) == 1 and first.shape[3] * size % word == 0, "a slot is not made of whole words"
-    storage = torch.empty(0, dtype=torch.uint8).set_(first.untyped_storage()).numpy()
-    start = first.storage_offset() * size
-    return np.ndarray(
-        shape=(len(views), *first.shape[:3], first.shape[3] * size // word),
-        dtype=np.uint64,
-        buffer=storage,
-        offset=start,
-        strides=(layer_stride, *(stride * size for stride in first.stride()[:3]), word),
-    )
+def _equal_items(items: list[int], others: list[int]) -> int:
+    """Return how many items at the beginning are equal."""
+    return next((index for index, pair in enumerate(zip(items, others, strict=True)) if pair[0] != pair[1]), len(items))
