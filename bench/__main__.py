@@ -9,14 +9,17 @@ from pathlib import Path
 
 import msgspec
 
-from bench import copy, core, lookup, start, ttft
-from bench.report import Report, Run, load, machine
+from bench import copy, core, disk, load, lookup, start, ttft, ttft_disk
+from bench.report import Report, Run, load_average, machine
 
 BENCHES: dict[str, Callable[[bool], Report]] = {
     "lookup": lambda smoke: lookup.run(lookup.SMOKE if smoke else lookup.FULL),
     "copy": lambda smoke: copy.run(copy.SMOKE if smoke else copy.FULL),
     "ttft": lambda smoke: ttft.run(ttft.SMOKE if smoke else ttft.FULL),
+    "ttft-disk": lambda smoke: ttft_disk.run(ttft_disk.SMOKE if smoke else ttft_disk.FULL),
+    "load": lambda smoke: load.run(load.SMOKE if smoke else load.FULL),
     "start": lambda smoke: start.run(start.SMOKE if smoke else start.FULL),
+    "disk": lambda smoke: disk.run(disk.SMOKE if smoke else disk.FULL),
     "core": lambda smoke: core.run(core.SMOKE if smoke else core.FULL),
 }
 
@@ -45,9 +48,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(bench: Callable[[bool], Report], *, smoke: bool) -> Report:
-    before, began = load(), time.monotonic()
+    before, began = load_average(), time.monotonic()
     report = bench(smoke)
-    return msgspec.structs.replace(report, load=(before, load()), seconds=time.monotonic() - began)
+    return msgspec.structs.replace(report, load=(before, load_average()), seconds=time.monotonic() - began)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from saltern.core.keys import Key
 from saltern.core.messages import Acquire, Acquired, Commit, Discard, Release, Reserve, Reserved
 from saltern.vllm.copier import CpuCopier, Shard
 from saltern.vllm.copies import Copy, Piece
-from saltern.vllm.layout import LayerPages, Layout
+from saltern.vllm.layout import GroupPages, LayerPages, Layout
 
 BLOCK_TOKENS = 128
 PROMPT_BLOCKS = 32  # 4,096 tokens: one operation
@@ -143,16 +143,18 @@ class _Bench:
         self.shape = shape
         blocks = total_bytes // shape.block_bytes
         self.total_bytes = blocks * shape.block_bytes
-        engine_blocks = list(range(blocks * shape.slots))
+        engine_blocks = list(range(1, 1 + blocks * shape.slots))  # block 0 is vLLM's null block
         random.Random(1).shuffle(engine_blocks)
         self._engine_blocks = [
             tuple(engine_blocks[block * shape.slots : (block + 1) * shape.slots]) for block in range(blocks)
         ]
         # vLLM's buffer is of plain pages; numpy would ask for huge ones.
-        self._memory = mmap.mmap(-1, self.total_bytes)
+        kv_bytes = self.total_bytes + shape.slot_bytes
+        self._memory = mmap.mmap(-1, kv_bytes)
         self.kv = np.frombuffer(self._memory, dtype=np.uint8)
-        self.kv.view(np.uint64)[...] = np.arange(self.total_bytes // 8, dtype=np.uint64)  # no two pages are alike
-        self._layer_stride = shape.page_bytes * len(engine_blocks)
+        self.kv.view(np.uint64)[...] = np.arange(kv_bytes // 8, dtype=np.uint64)  # no two pages are alike
+        self.kv.reshape(shape.layers, -1, shape.page_bytes)[:, 0] = 0  # but for the null block, which is not stored
+        self._layer_stride = shape.page_bytes * (1 + len(engine_blocks))
         tensor = LayerPages(
             offset=0,
             layers=shape.layers,
@@ -160,11 +162,12 @@ class _Bench:
             block_stride=shape.page_bytes,
             page_bytes=shape.page_bytes,
         )
-        layout = Layout(tensors=(tensor,), blocks=len(engine_blocks))
+        group = GroupPages(offset=0, slots=shape.slots, tensors=(tensor,))
+        layout = Layout(groups=(group,), blocks=1 + len(engine_blocks))
         self._server = Server(arena_bytes=self.total_bytes, page_bytes=PAGE_BYTES).__enter__()
         self.peer = Peer(self._server.socket, block_bytes=shape.block_bytes)
         self._copier = CpuCopier(self.kv, layout, self.peer.lifeline)
-        self._shard = Shard(offset=0, slot_bytes=shape.slot_bytes)
+        self._shard = Shard(block_offset=0, state_offset=0, is_writer=True)
         self._op_ids = count(1)
         wait_until_populated(self.peer.arenas)
 

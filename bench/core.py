@@ -85,7 +85,7 @@ def _decisions(size: Size) -> Table:
     while direct.cache.pool.free_pages:
         store(direct, next(newcomers), 1)
     filled_seconds = time.perf_counter() - began
-    evicted_before = direct.cache.tenant.tally.evicted
+    evicted_before = direct.cache.default_tenant.tally.evicted
     measures = {
         f"Lookup of {PROMPT_BLOCKS} keys": lambda: _look_up(direct, prompts, size.calls),
         f"Acquire and Release of {PROMPT_BLOCKS} keys": lambda: _acquire(direct, prompts, size.calls),
@@ -94,7 +94,7 @@ def _decisions(size: Size) -> Table:
         ),
     }
     results = interleaved(measures, size.rounds)
-    evicted = direct.cache.tenant.tally.evicted - evicted_before
+    evicted = direct.cache.default_tenant.tally.evicted - evicted_before
     assert evicted >= size.rounds * size.calls * STORED_BLOCKS, f"no more than {evicted} blocks were evicted"
     rows = []
     for (name, seconds), blocks in zip(results.items(), (PROMPT_BLOCKS, PROMPT_BLOCKS, STORED_BLOCKS), strict=True):

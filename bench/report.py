@@ -79,7 +79,7 @@ def machine() -> dict[str, str]:
     }
 
 
-def load() -> float:
+def load_average() -> float:
     """Return the load average over the last minute."""
     return os.getloadavg()[0]
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
-from saltern.client.admin import fetch_stats
+from saltern.client.admin import fetch_stats, operate
 from saltern.client.lifeline import Arena, Lifeline
 from saltern.client.sockets import ConnectionLost
-from saltern.core.messages import NAME_BYTES, Reply, Request
+from saltern.core.messages import DEFAULT_TENANT, NAME_BYTES, Reply, Request
 from saltern.core.snapshot import Snapshot
+from saltern.operations import SetTenant, TenantSettings, TenantShown
 from saltern.vllm.session import Session
 
 WAIT_SECONDS_MAX = 60.0
@@ -24,21 +25,25 @@ WAIT_SECONDS_MAX = 60.0
 class Server:
     """One `saltern serve` with a socket in a folder of its own, used as a context manager.
 
-    `seconds_to_answer` is the time from starting the process until its first answer was here.
+    `seconds_to_answer` is the time from starting the process until its first answer was here. Without `disk_bytes` it
+    has no disk tier; with them, that lies in the same folder.
     """
 
-    def __init__(self, *, arena_bytes: int, page_bytes: int = 64 * 1024, prefault: bool = True) -> None:
+    def __init__(
+        self, *, arena_bytes: int, page_bytes: int = 64 * 1024, prefault: bool = True, disk_bytes: int = 0
+    ) -> None:
         self._settings = (
             f"[arena]\nsize = {arena_bytes}\npage_size = {page_bytes}\nprefault = {str(prefault).lower()}\n"
-            '[log]\nlevel = "warning"\n'
+            f'[disk]\nsize = {disk_bytes}\n[log]\nlevel = "warning"\n'
         )
+        self._page_bytes = page_bytes
         self.socket = ""
         self.seconds_to_answer = 0.0
 
     def __enter__(self) -> Self:
         self._folder = tempfile.TemporaryDirectory(prefix="saltern-bench-")
         config = Path(self._folder.name, "saltern.toml")
-        config.write_text(self._settings, "utf-8")
+        config.write_text(f'{self._settings}[server]\nstate_folder = "{self._folder.name}/state"\n', "utf-8")
         self.socket = str(Path(self._folder.name, "socket"))
         began = time.perf_counter()
         self._process = subprocess.Popen(
@@ -66,6 +71,17 @@ class Server:
     def stats(self) -> Snapshot:
         """Ask the server what it holds."""
         return fetch_stats(self.socket)
+
+    def empty_memory(self) -> None:
+        """Have every block of the tenant that all are charged to evicted; what is on the disk stays there."""
+        self._limit(self._page_bytes)
+        until(lambda: not self.stats().arena.blocks)
+        self._limit(None)
+
+    def _limit(self, limit_bytes: int | None) -> None:
+        admin_socket = str(Path(self.socket).with_name("admin.sock"))
+        answer = operate(admin_socket, SetTenant(DEFAULT_TENANT, TenantSettings(limit=limit_bytes)))
+        assert isinstance(answer, TenantShown), f"the limit could not be set: {answer}"
 
     def _answers(self) -> bool:
         assert self._process.poll() is None, "the server ended while it started"

@@ -13,6 +13,7 @@ from saltern.core.messages import Acquire, Acquired, Release
 PAGE_BYTES = 4096
 PROMPT_BLOCKS = 128
 MEBIBYTE = 1024 * 1024
+DISK_BYTES = 16 * 1024**3  # what a server has where nothing is said
 
 
 class Size(NamedTuple):
@@ -35,37 +36,43 @@ class _Started(NamedTuple):
 
 
 def run(size: Size) -> Report:
-    """Start empty servers in turn, then fill one for every number of blocks."""
-    started = [_start(size.arena_bytes) for _ in range(size.rounds)]
-    seconds = [start.seconds for start in started]
-    anonymous = [start.anonymous_bytes / MEBIBYTE for start in started]
+    """Start empty servers in turn, without and with a disk tier, then fill one for every number of blocks."""
+    alone: list[_Started] = []
+    with_disk: list[_Started] = []
+    for _ in range(size.rounds):
+        alone.append(_start(size.arena_bytes, disk_bytes=0))
+        with_disk.append(_start(size.arena_bytes, disk_bytes=DISK_BYTES))
     empty = Table(
         f"An empty server with an arena of {size.arena_bytes // MEBIBYTE:,} MiB",
-        ("", "median", "rounds"),
-        (
-            ("process start to first answer, s", median(seconds), spread(seconds)),
-            ("RssAnon, MiB", median(anonymous), spread(anonymous)),
-        ),
+        ("", "to first answer, s", "rounds", "RssAnon, MiB", "rounds"),
+        (("without a disk tier", *_described(alone)), ("with an empty one", *_described(with_disk))),
     )
+    anonymous_bytes = int(median([start.anonymous_bytes for start in alone]))
     full = Table(
         f"With an index of {size.users:,} users; lookups are Acquires of {PROMPT_BLOCKS} keys"
         f" ({PROMPT_TOKENS:,} tokens) of random users",
         ("blocks", "RssAnon MiB", "bytes per block", "lookup p50 µs", "lookup p99 µs", "stored blocks per s"),
-        tuple(_filled(size, blocks, empty_bytes=int(median(anonymous) * MEBIBYTE)) for blocks in size.blocks),
+        tuple(_filled(size, blocks, empty_bytes=anonymous_bytes) for blocks in size.blocks),
     )
     return Report(
         "start",
         (empty, full),
         (
-            Target("start to first answer", median(seconds), 1.0, "s"),
-            Target("RssAnon with an empty index", median(anonymous) * MEBIBYTE / 1e6, 80, "MB"),
+            Target("start to first answer, with a disk tier", median([start.seconds for start in with_disk]), 1.0, "s"),
+            Target("RssAnon with an empty index", anonymous_bytes / 1e6, 80, "MB"),
         ),
     )
 
 
-def _start(arena_bytes: int) -> _Started:
-    with Server(arena_bytes=arena_bytes) as server:
+def _start(arena_bytes: int, *, disk_bytes: int) -> _Started:
+    with Server(arena_bytes=arena_bytes, disk_bytes=disk_bytes) as server:
         return _Started(server.seconds_to_answer, server.anonymous_bytes)
+
+
+def _described(started: list[_Started]) -> tuple[float, str, float, str]:
+    seconds = [start.seconds for start in started]
+    anonymous = [start.anonymous_bytes / MEBIBYTE for start in started]
+    return median(seconds), spread(seconds), median(anonymous), spread(anonymous)
 
 
 def _filled(size: Size, blocks: int, *, empty_bytes: int) -> tuple[int, float, float, float, float, float]:

@@ -1,4 +1,4 @@
-"""`make demo`: eight steps on a real model, each of which passes or says why not."""
+"""`make demo`: thirteen steps on a real model, each of which passes or says why not."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 
 from demo.engine import Engine, EngineError
+from demo.front import Front
 from demo.interrupts import Interrupted, deferred, interruptible
 from demo.model import MODEL_NAME, ensure_model
 from demo.orphans import adopt, bury
@@ -21,17 +22,22 @@ from demo.screen import Screen
 from demo.server import Server, ServerError, connector_config
 from demo.steps import STEPS, Scene, Step, not_reached, take_step
 
-ARENA = "256 MiB"
+ARENA = "160 MiB"  # 56 blocks: the smaller, the sooner it is flooded
+DISK = "1 GiB"  # more than all steps together store
 USER_LIMIT = "26 MiB"  # alice's prompt needs 23 of them, carol's three together 34
 PATIENCE_MS = 2000
 
 EPILOGUE = """\
 What was proved: a prompt comes back to the user who sent it, and to nobody else, with the same output; it outlives
-the engine; a user at its limit pays with its own blocks; and without the server requests go on as before.
+the engine and the server, killed or stopped; a user at its limit pays with its own blocks; and without the server
+requests go on as before. Nobody takes what a tenant is guaranteed; what the operator publishes is there for everybody;
+and no salt opens another's cache. Of who is erased nothing is found any more, and a signed receipt says so.
 
-With your own vLLM 0.32, in two terminals:
+With your own vLLM, 0.31 or 0.32, in two terminals:
 
   saltern serve --arena "8 GiB"
+
+which keeps up to 16 GiB more on the disk, below ~/.local/state/saltern, and
 
   vllm serve MODEL --kv-transfer-config '{"kv_connector": "SalternConnector",
     "kv_connector_module_path": "saltern.vllm", "kv_role": "kv_both", "kv_load_failure_policy": "recompute"}'
@@ -53,6 +59,7 @@ class Demo:
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         self._server: Server | None = None
         self._engine: Engine | None = None
+        self._front: Front | None = None
 
     def run(self, screen: Screen) -> Report:
         """Set everything up and take the steps; what can't be set up fails them all."""
@@ -78,6 +85,8 @@ class Demo:
                 stack.callback(self._server.stop)
             if self._engine is not None:
                 stack.callback(self._engine.stop)
+            if self._front is not None:
+                stack.callback(self._front.engine.stop)
 
     def _set_up(self, screen: Screen) -> Scene:
         with screen.waiting("making sure that the model is there"):
@@ -85,7 +94,7 @@ class Demo:
         with deferred():
             self._scratch = tempfile.TemporaryDirectory(prefix="saltern-demo-")
         folder = Path(self._scratch.name)
-        self._server = server = Server(folder, arena=ARENA, user_limit=USER_LIMIT)
+        self._server = server = Server(folder, arena=ARENA, disk=DISK, user_limit=USER_LIMIT)
         self._engine = engine = Engine(
             model,
             log_path=folder / "vllm.log",
@@ -93,18 +102,19 @@ class Demo:
             kv_transfer_config=connector_config(server.socket_path, patience_ms=PATIENCE_MS),
             prefix_caching=False,
         )
+        self._front = front = Front(model, server, folder, patience_ms=PATIENCE_MS)
         with screen.waiting("starting saltern serve"):
             server.start()
         with screen.waiting("starting vLLM (half a minute)"):
             engine.start()
-        return Scene(server, engine)
+        return Scene(server, engine, front)
 
 
 def _take_steps(scene: Scene, screen: Screen) -> tuple[Step, ...]:
     screen.header()
     steps = []
     for name, (did, _) in STEPS.items():
-        with screen.waiting(f"{name:18} {did}", is_step=True):
+        with screen.waiting(f"{name:19} {did}", is_step=True):
             step = take_step(scene, name)
         screen.step(step)
         steps.append(step)

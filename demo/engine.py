@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from http.client import HTTPConnection, HTTPException, HTTPResponse
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
@@ -56,6 +57,7 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: int
     cached_tokens: int
     ttft_ms: float
+    gaps_ms: tuple[float, ...] = ()  # from each token to the next
 
 
 class Engine:
@@ -103,6 +105,11 @@ class Engine:
         """The process id of the API server, which is also the id of the group of all its processes."""
         assert self._process is not None, "an engine that was not started has no process"
         return self._process.pid
+
+    @property
+    def is_started(self) -> bool:
+        """Whether there are processes to be ended, whatever has become of them."""
+        return self._process is not None
 
     # Life and death
 
@@ -229,30 +236,44 @@ class Engine:
         prompt: str | Sequence[int],
         *,
         salt: str | None = None,
+        key: str | None = None,
         max_tokens: int = 16,
         temperature: float = 0.0,
         fields: Mapping[str, object] | None = None,
     ) -> Completion:
         """Complete a prompt, given as text or token ids, and measure the time to the first token.
 
-        `salt` is sent as `cache_salt`, and left out when None. `fields` are further fields of the request's body. May
-        be called from several threads at once. Raises `RequestError` for an error answer, `EngineError` for none.
+        `salt` is sent as `cache_salt` and `key` as the API key, and left out when None. `fields` are further fields of
+        the request's body. May be called from several threads at once. Raises `RequestError` for an error answer,
+        `EngineError` for none.
         """
         body = {
-            "model": self._model.name,
             "prompt": prompt,
             "max_tokens": max_tokens,
             "temperature": temperature,
+            **({} if salt is None else {"cache_salt": salt}),
+            **(fields or {}),
+        }
+        return self._generate("/v1/completions", body, key)
+
+    def chat(self, system_prompt: str, message: str, *, key: str | None = None, max_tokens: int = 16) -> Completion:
+        """Let the model answer a user's first message under a system prompt. Measures and raises as `complete` does."""
+        messages = [{"role": "system", "content": system_prompt}, {"role": "user", "content": message}]
+        body = {"messages": messages, "max_tokens": max_tokens, "temperature": 0.0}
+        return self._generate("/v1/chat/completions", body, key)
+
+    def _generate(self, path: str, fields: Mapping[str, object], key: str | None) -> Completion:
+        body = {
+            "model": self._model.name,
             "stream": True,
             "stream_options": {"include_usage": True},
             "return_token_ids": True,
-            **({} if salt is None else {"cache_salt": salt}),
-            **(fields or {}),
+            **fields,
         }
         connection = self.connect()
         try:
             sent_at = time.monotonic()
-            response = _send(connection, "POST", "/v1/completions", msgspec.json.encode(body))
+            response = _send(connection, "POST", path, msgspec.json.encode(body), key)
             return _read_completion(response, sent_at)
         except (OSError, HTTPException) as error:
             raise EngineError(f"vLLM broke off a request: {error!r}.\n{self.log_tail()}") from error
@@ -287,8 +308,13 @@ class Engine:
 # The parts of a streamed completion that are read. Each event is one line `data: JSON`, the last is `data: [DONE]`.
 
 
+class _Delta(msgspec.Struct):
+    content: str | None = None
+
+
 class _Choice(msgspec.Struct):
-    text: str
+    text: str = ""
+    delta: _Delta | None = None  # a chat's; its first names the speaker, and comes before there is any token
     token_ids: list[int] | None = None
 
 
@@ -307,8 +333,11 @@ class _Chunk(msgspec.Struct):
     error: dict[str, object] | None = None  # a request that fails after its first byte is told so in the stream
 
 
-def _send(connection: HTTPConnection, method: str, path: str, body: bytes | None = None) -> HTTPResponse:
-    connection.request(method, path, body, {"Content-Type": "application/json"})
+def _send(
+    connection: HTTPConnection, method: str, path: str, body: bytes | None = None, key: str | None = None
+) -> HTTPResponse:
+    authorization = {} if key is None else {"Authorization": f"Bearer {key}"}
+    connection.request(method, path, body, {"Content-Type": "application/json", **authorization})
     response = connection.getresponse()
     if response.status != 200:
         raise RequestError(response.status, response.read().decode(errors="replace"))
@@ -318,23 +347,25 @@ def _send(connection: HTTPConnection, method: str, path: str, body: bytes | None
 def _read_completion(response: HTTPResponse, sent_at: float) -> Completion:
     text: list[str] = []
     token_ids: list[int] = []
-    first_token_at: float | None = None
+    arrivals: list[float] = []
     usage: _Usage | None = None
     for chunk in _chunks(response):
         usage = chunk.usage or usage
         for choice in chunk.choices:
-            if first_token_at is None:
-                first_token_at = time.monotonic()
-            text.append(choice.text)
+            if choice.delta is not None and not choice.token_ids:
+                continue
+            arrivals.append(time.monotonic())
+            text.append(choice.text if choice.delta is None else choice.delta.content or "")
             token_ids += choice.token_ids or []
-    if usage is None or first_token_at is None:
+    if usage is None or not arrivals:
         raise HTTPException("the stream ended before the completion did")
     return Completion(
         text="".join(text),
         token_ids=tuple(token_ids),
         prompt_tokens=usage.prompt_tokens,
         cached_tokens=usage.prompt_tokens_details.cached_tokens,
-        ttft_ms=(first_token_at - sent_at) * 1e3,
+        ttft_ms=(arrivals[0] - sent_at) * 1e3,
+        gaps_ms=tuple((later - earlier) * 1e3 for earlier, later in pairwise(arrivals)),
     )
 
 

@@ -66,3 +66,12 @@ STORY = _recited(0, len(PARAGRAPHS), again=2, words=12)
 
 OTHER_STORIES = tuple(_recited(first, first + 8, again=7, words=20) for first in (1, 3, 5))
 """Three prompts that share no beginning with the first nor with each other."""
+
+FLOOD = tuple("\n\n".join([*PARAGRAPHS[first:], *PARAGRAPHS[:first]]) for first in range(len(PARAGRAPHS)))
+"""As many prompts as there are paragraphs, each beginning with another one: twice what the demo's cache holds."""
+
+SYSTEM_PROMPT = "\n\n".join(["You keep the store of a saltern, and know it by heart.", *PARAGRAPHS[:6]])
+"""What an operator publishes: some four blocks of text."""
+
+MESSAGE = "Recite from the beginning: The old saltern lies where the river meets the sea."
+"""What users ask first under that system prompt."""

@@ -48,16 +48,18 @@ class Screen:
     def header(self) -> None:
         """Print what the columns of the steps are."""
         self.say(
-            self._colored(f"      {'step':18} {'what was done':52} {'cached':>12} {'first token':>12}  output", _DIM)
+            self._colored(f"      {'step':19} {'what was done':52} {'cached':>12} {'first token':>12}  output", _DIM)
         )
 
     def step(self, step: Step) -> None:
-        """Print one line for a step, and below it why it failed."""
+        """Print one line for a step, and below it what else is worth a look, and why it failed."""
         verdict = self._colored("pass", _GREEN) if step.ok else self._colored("FAIL", _RED)
         cached = "–" if step.cached_tokens is None else f"{step.cached_tokens:,} of {step.prompt_tokens:,}"
         first_token = "–" if step.ttft_ms is None else _duration(step.ttft_ms)
         output = {None: "–", True: "identical", False: "different"}[step.identical]
-        self.say(f"{verdict}  {step.name:18} {step.did:52} {cached:>12} {first_token:>12}  {output}")
+        self.say(f"{verdict}  {step.name:19} {step.did:52} {cached:>12} {first_token:>12}  {output}")
+        for note in step.notes:
+            self.say(self._colored(f"      {note}", _DIM))
         for problem in step.problems:
             self.say("\n".join(f"      {line}" for line in problem.splitlines()))
 

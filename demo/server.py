@@ -1,4 +1,4 @@
-"""A Saltern server as a child process, and what is asked of it."""
+"""A Saltern server as a child process, and what is asked of it, by its own commands where there is one."""
 
 from __future__ import annotations
 
@@ -13,35 +13,50 @@ from pathlib import Path
 from demo.interrupts import deferred
 from saltern.client.admin import fetch_stats
 from saltern.client.sockets import ConnectionLost
-from saltern.core.keys import unsigned_user_key, user_id
+from saltern.core.keys import UserKey, signed_user_key, unsigned_user_key, user_id
 from saltern.core.snapshot import Snapshot, UserStats
+from saltern.secret import read_signing_secrets
+from saltern.signing import verify
 
 START_SECONDS_MAX = 30.0
 STOP_SECONDS_MAX = 10.0
 SETTLE_SECONDS_MAX = 30.0  # storing a prompt takes milliseconds after its computation; a busy machine far longer
+COMMAND_SECONDS_MAX = 300.0  # publishing waits for the engine
 POLL_SECONDS = 0.02
 LOG_TAIL_LINES = 20
 
 
 class ServerError(Exception):
-    """The server did not start, died, or didn't come to what was waited for."""
+    """The server did not start, died, or didn't come to what was waited for; or a command failed."""
 
 
 class Server:
     """One `saltern serve` with its settings, socket, secret and log in one folder.
 
     A server that was stopped or killed may be started again: it finds the same settings and the same secret, so that
-    a user keeps its opaque id.
+    a user keeps its opaque id. What it had stored it finds only with a `disk`, of which it has none unless one is
+    wanted: most of those who start servers anew expect them to be empty.
     """
 
-    def __init__(self, folder: Path, *, arena: str, user_limit: str | None = None, log_level: str = "info") -> None:
+    def __init__(
+        self, folder: Path, *, arena: str, disk: str = "0", user_limit: str | None = None, log_level: str = "info"
+    ) -> None:
         self.socket_path = folder / "saltern.sock"
+        self.admin_socket_path = folder / "admin.sock"
+        self.signing_path = folder / "state" / "signing.keys"
+        self.epochs_path = folder / "state" / "epochs.json"
+        self.audit_path = folder / "state" / "audit.log"
         self.log_path = folder / "saltern.log"
         self._secret_path = folder / "naming.key"
         self._config_path = folder / "saltern.toml"
         self._settings: dict[str, dict[str, str]] = {
-            "server": {"socket": str(self.socket_path), "secret_file": str(self._secret_path)},
+            "server": {
+                "socket": str(self.socket_path),
+                "secret_file": str(self._secret_path),
+                "state_folder": str(folder / "state"),
+            },
             "arena": {"size": arena},
+            "disk": {"size": disk},
             "tenants.default": {} if user_limit is None else {"user_limit": user_limit},
             "log": {"level": log_level},
         }
@@ -53,22 +68,35 @@ class Server:
         assert self._process is not None, "a server that was not started has no process"
         return self._process.pid
 
+    @property
+    def command(self) -> list[str]:
+        """What is run to start the server."""
+        return [sys.executable, "-m", "saltern.cli", "serve", "--config", str(self._config_path)]
+
     # Life and death
 
     def start(self) -> None:
         """Start the server and wait until it answers. Raises `ServerError`."""
+        self.spawn()
+        self.await_answers()
+
+    def spawn(self) -> None:
+        """Start the server's process, and don't wait for it."""
         assert self._process is None, "a server is started once, or again after its end"
         self._config_path.write_text(_toml(self._settings))
         with deferred(), self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "saltern.cli", "serve", "--config", str(self._config_path)],
+                self.command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,  # Ctrl-C is for us: we end it when the engine is gone
             )
+
+    def await_answers(self) -> None:
+        """Wait until the server that was spawned answers. Raises `ServerError`."""
         deadline = time.monotonic() + START_SECONDS_MAX
-        while time.monotonic() < deadline and self._process.poll() is None:
+        while time.monotonic() < deadline and self._process is not None and self._process.poll() is None:
             try:
                 self.stats()
             except ConnectionLost:
@@ -102,7 +130,24 @@ class Server:
         tail = self.log_path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
         return "\n".join([f"The end of {self.log_path}:", *tail])
 
-    # Questions
+    # Questions and orders
+
+    def command_line(self, *arguments: str) -> str:
+        """Run `saltern` with these arguments and return what it prints. Raises `ServerError` where it fails."""
+        command = [sys.executable, "-m", "saltern.cli", *arguments]
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=COMMAND_SECONDS_MAX
+            )
+        except subprocess.TimeoutExpired as error:
+            raise ServerError(f"saltern {' '.join(arguments)} took more than {error.timeout:.0f} s") from None
+        if done.returncode:
+            raise ServerError(f"saltern {' '.join(arguments)}: {done.stderr.strip()}")
+        return done.stdout
+
+    def set_tenant(self, name: str, *settings: str) -> None:
+        """Change a tenant by `saltern tenants set`. Raises `ServerError`."""
+        self.command_line("tenants", "set", name, *settings, "--socket", str(self.admin_socket_path))
 
     def stats(self) -> Snapshot:
         """Return what the server holds and has decided. Raises `ConnectionLost`."""
@@ -134,7 +179,14 @@ class Server:
 
     def user_id(self, salt: str) -> bytes:
         """Return the opaque id of a user, as engines derive it from the server's secret."""
-        return user_id(unsigned_user_key(self._secret_path.read_bytes(), salt))
+        return user_id(self._user_key(salt))
+
+    def _user_key(self, salt: str) -> UserKey:
+        naming_secret = self._secret_path.read_bytes()
+        signed = verify(salt, read_signing_secrets(self.signing_path))
+        if signed is None:
+            return unsigned_user_key(naming_secret, salt)
+        return signed_user_key(naming_secret, signed.tenant, signed.user, signed.epoch)
 
 
 def connector_config(socket_path: Path | str, **settings: object) -> dict[str, object]:

@@ -1,6 +1,7 @@
 """What every test starts from."""
 
 import logging
+from collections.abc import Iterator
 
 import pytest
 
@@ -11,3 +12,11 @@ def log_seen_by_caplog() -> None:
     log = logging.getLogger("saltern")
     log.parent = logging.getLogger()
     log.setLevel(logging.NOTSET)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def state_of_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep a server without settings, and a command without options, out of the tester's home."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield

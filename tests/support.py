@@ -19,6 +19,7 @@ from saltern.client.lifeline import Lifeline
 from saltern.client.lifeline import Mapping as ArenaUse
 from saltern.core.messages import NAME_BYTES, Attached, Reply, Request, SchedulerHello, Welcome
 from saltern.core.snapshot import Snapshot
+from saltern.secret import next_signing_secrets, read_signing_secrets, write_signing_secrets
 
 PATIENCE_SECONDS = 30.0
 """Nothing here takes a second; more means that it never comes, even on a machine with much else to do."""
@@ -40,6 +41,7 @@ class Server:
     def __init__(self, folder: Path, *, environment: Mapping[str, str] | None = None) -> None:
         self.folder = folder
         self.socket_path = folder / "saltern.sock"
+        self.admin_path = folder / "admin.sock"
         self.log_path = folder / "server.log"
         self._environment = {**os.environ, **(environment or {})}
         self._process: subprocess.Popen[bytes] | None = None
@@ -114,21 +116,27 @@ def serving(
     user_limit: str | None = None,
     server: Settings | None = None,
     log: Settings | None = None,
+    disk: Settings | None = None,
+    tenants: Mapping[str, Settings] | None = None,
+    plans: Mapping[str, Settings] | None = None,
     prefault: bool = False,
     start: bool = True,
 ) -> Iterator[Server]:
     """Run a server for the length of a `with` block; leaves nothing behind.
 
-    `server` and `log` are further settings of these tables. The folder is short enough for a socket's path, unlike
-    pytest's own temporary ones.
+    `server` and `log` are further settings of these tables, `tenants` and `plans` those by name. Without `disk` it has
+    no disk tier. The folder is short
+    enough for a socket's path, unlike pytest's own temporary ones.
     """
     folder = Path(tempfile.mkdtemp(prefix="saltern-"))
     running = Server(folder)
     limits = {name: value for name, value in (("limit", limit), ("user_limit", user_limit)) if value is not None}
     tables: dict[str, Settings] = {
-        "server": {"socket": running.path, **(server or {})},
+        "server": {"socket": running.path, "state_folder": str(folder / "state"), **(server or {})},
         "arena": {"size": arena, "page_size": page_size, "prefault": prefault},
-        "tenants.default": limits,
+        "disk": disk or {"size": 0},
+        **{f"tenants.{name}": settings for name, settings in {"default": limits, **(tenants or {})}.items()},
+        **{f"plans.{name}": settings for name, settings in (plans or {}).items()},
         "log": {"level": "debug", **(log or {})},
     }
     (folder / "saltern.toml").write_text(as_toml(tables), encoding="utf-8")
@@ -277,3 +285,10 @@ def worker_at(path: str, *, outlives_socket: bool = False) -> Iterator[WorkerPro
         yield worker
     finally:
         worker.close()
+
+
+def rotate_signing_secrets(path: Path) -> tuple[bytes, ...]:
+    """Do to a file of signing secrets what a server does that is told to rotate them, and return what it then holds."""
+    rotated = next_signing_secrets(read_signing_secrets(path))
+    write_signing_secrets(path, rotated)
+    return rotated

@@ -8,6 +8,8 @@ import pytest
 from bench.__main__ import BENCHES, main
 from bench.report import Target
 
+WITH_ENGINES = ("ttft", "ttft-disk", "load")
+
 
 def run(name: str, tmp_path: Path) -> None:
     """Run one benchmark through its command line and check what it wrote down."""
@@ -21,14 +23,15 @@ def run(name: str, tmp_path: Path) -> None:
     assert any(table["rows"] for table in report["tables"])
 
 
-@pytest.mark.parametrize("name", [name for name in BENCHES if name != "ttft"])
+@pytest.mark.parametrize("name", [name for name in BENCHES if name not in WITH_ENGINES])
 def test_a_benchmark_without_an_engine_measures_and_writes_down_what_it_measured(name: str, tmp_path: Path) -> None:
     run(name, tmp_path)
 
 
 @pytest.mark.e2e
-def test_the_time_to_the_first_token_is_measured_with_real_engines(tmp_path: Path) -> None:
-    run("ttft", tmp_path)
+@pytest.mark.parametrize("name", WITH_ENGINES)
+def test_a_benchmark_with_real_engines_measures_and_writes_down_what_it_measured(name: str, tmp_path: Path) -> None:
+    run(name, tmp_path)
 
 
 def test_a_target_is_reached_from_the_side_it_names() -> None:
@@ -41,4 +44,4 @@ def test_a_target_is_reached_from_the_side_it_names() -> None:
 def test_an_unknown_name_is_refused_with_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["lookups"])
-    assert "lookup, copy, ttft, start, core" in capsys.readouterr().err
+    assert "lookup, copy, ttft, ttft-disk, load, start, disk, core" in capsys.readouterr().err

@@ -29,6 +29,11 @@ NAMES = [
     "user-limit",
     "server-killed",
     "server-back",
+    "flood-unharmed",
+    "public-prefix",
+    "forged-salt-refused",
+    "server-restarted",
+    "erased",
 ]
 DEMO_SECONDS_MAX = 900.0
 POLL_SECONDS = 0.05
@@ -141,6 +146,9 @@ def test_all_steps_pass(start: Callable[..., Demo], tmp_path: Path) -> None:
         "engine-restarted",
         "user-limit",
         "server-back",
+        "flood-unharmed",
+        "public-prefix",
+        "server-restarted",
     }
     assert demo.leftovers == []
 

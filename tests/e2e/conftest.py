@@ -15,6 +15,7 @@ from demo.model import KV_BYTES_PER_TOKEN, ensure_model
 from demo.prompts import PARAGRAPHS
 from demo.server import Server, connector_config
 from saltern.core.snapshot import Counts
+from tests.e2e.lab import Lab
 from tests.e2e.relay import Relay
 
 PATIENCE_MS = 10_000  # the longest that may be set: these tests are about what is found, not how fast
@@ -106,6 +107,22 @@ def stack(model: Path) -> Iterator[Stack]:
             engine.stop()
             relay.close()
             server.stop()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server for the engines of a lab."""
+    server = Server(tmp_path_factory.mktemp("server"), arena="256 MiB", log_level="debug")
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    """Tiny engines, one after another."""
+    with Lab(tmp_path_factory.mktemp("lab") / "vllm.log") as lab:
+        yield lab
 
 
 NewSalt = Callable[[], str]
