@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from saltern.core.effects import Received
@@ -107,7 +107,6 @@ def play(script: list[Step]) -> Witness:
 
 
 @given(steps)
-@settings(deadline=None)
 def test_a_tenant_hits_at_least_as_often_as_alone(script: list[Step]) -> None:
     play(script)
 

@@ -134,7 +134,7 @@ def test_nothing_harms_anybody_that_the_schema(
     statuses: Counter[int] = Counter()
 
     @seed(1)
-    @settings(max_examples=SCHEMA_EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=SCHEMA_EXAMPLES, suppress_health_check=list(HealthCheck))
     @given(schema[route]["POST"].as_strategy(modes[mode]))
     def ask(made: Any) -> None:
         if isinstance(made.body, dict):

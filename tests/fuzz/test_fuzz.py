@@ -26,7 +26,7 @@ def player(name: str) -> Callable[[bytes], None]:
 
 @pytest.mark.parametrize("name", FUZZERS)
 @seed(20)
-@settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck))
 @given(data=st.binary(max_size=LENGTH_MAX))
 def test_hypothesis_finds_nothing(name: str, data: bytes) -> None:
     player(name)(data)

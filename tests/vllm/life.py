@@ -83,6 +83,15 @@ class Life(RuleBasedStateMachine):
             self.engine.work()
             self.engine.report()
 
+    @rule(steps=st.integers(1, 3), rank=st.sampled_from([0, 1, None]))
+    def run_badly(self, steps: int, rank: int | None) -> None:
+        """One rank, or each, fails in whatever it is asked to copy for a while."""
+        for _ in range(steps):
+            self.engine.step()
+            self.engine.work(rank=rank, fail=True)
+            self.engine.work()
+            self.engine.report()
+
     @precondition(lambda self: self.engine.waiting or self.engine.running)
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:

@@ -102,7 +102,7 @@ def copier_of(kv: Any, layout: Layout, lifeline: Any) -> Iterator[CpuCopier]:
 
 
 @given(case=cases())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_bytes_arrive_where_they_belong_and_nothing_else_is_touched(case: Any) -> None:
     layout, size, page_bytes, shards, store, load = case
     with lifeline_of(pages=PAGES, page_bytes=page_bytes) as lifeline:

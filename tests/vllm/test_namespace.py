@@ -164,7 +164,7 @@ def test_other_weights_under_the_same_path_are_another_namespace(model: Path) ->
 
 
 @given(position=st.integers(0, len(WEIGHTS) - 1))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_any_byte_of_a_small_file_counts(tmp_path_factory: pytest.TempPathFactory, position: int) -> None:
     assert len(WEIGHTS) <= SAMPLES * SAMPLE_BYTES
     model = write_model(tmp_path_factory.mktemp("any") / "model")
