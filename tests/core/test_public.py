@@ -7,7 +7,19 @@ from random import Random
 import pytest
 
 from saltern.core.blocks import Block, BlockState
-from saltern.core.effects import PublicationAdded, PublicationRemoved, TenantSet
+from saltern.core.effects import (
+    Effect,
+    Event,
+    KeepPublication,
+    Loss,
+    PublicationAdded,
+    PublicationRemoved,
+    ReadRecord,
+    RecordLost,
+    StoredPublication,
+    StoredRecord,
+    TenantSet,
+)
 from saltern.core.keys import Key, UserId
 from saltern.core.messages import (
     PUBLIC_TENANT,
@@ -29,7 +41,8 @@ from saltern.core.messages import (
 from saltern.core.snapshot import PublicationStats
 from saltern.core.tenants import Limits
 
-from .rig import ALICE, BOB, CAROL, PAGE_BYTES, Rig, keys
+from .rig import ALICE, BOB, CAROL, PAGE_BYTES, keys
+from .test_disk import DiskRig, Work
 
 ROOT, OTHER_ROOT = b"r" * 32, b"o" * 32
 SYSTEM, OTHER = PublicationId(b"system".ljust(16, b".")), PublicationId(b"other".ljust(16, b"."))
@@ -40,11 +53,12 @@ def public(prompt: str) -> tuple[Key, ...]:
     return tuple(Key(blake2b(key, digest_size=32, person=b"public").digest()) for key in keys(prompt))
 
 
-class Pool(Rig):
+class Pool(DiskRig):
     """A cache with a public pool of `public_pages`, of which one engine says how deep it is."""
 
-    def __init__(self, *, pages: int = 16, public_pages: int = 4) -> None:
-        super().__init__(pages=pages)
+    def __init__(self, *, pages: int = 16, public_pages: int = 4, disk_pages: int = 0) -> None:
+        super().__init__(pages=pages, disk_pages=disk_pages)
+        self.kept: dict[PublicationId, StoredPublication] = {}
         guarantee = Limits(guarantee_bytes=public_pages * PAGE_BYTES)
         self.cache.shares.set_limits(PUBLIC_TENANT, guarantee)
         self.numbers = count(1)
@@ -52,6 +66,13 @@ class Pool(Rig):
         self.engine_id = self.connect()
         name = b"engine".ljust(16, b".")
         self.say(self.engine_id, SchedulerHello("engine", b"i" * 16, (name,), PAGE_BYTES, root=ROOT, block_tokens=128))
+
+    def handle(self, event: Event) -> list[Effect]:
+        effects = super().handle(event)
+        for effect in effects:
+            if isinstance(effect, KeepPublication):
+                self.kept[effect.publication.id] = effect.publication
+        return effects
 
     def add(self, publication: PublicationId, prompt: str, root: bytes = ROOT) -> None:
         self.handle(PublicationAdded(publication, root=root, blocks=len(prompt), label="a prompt"))
@@ -69,7 +90,7 @@ class Pool(Rig):
         self.add(publication, prompt)
         assert self.fill(publication, prompt).refusal is None
 
-    def ask(self, user: UserId, prompt: str, start: int = 0, *, release: bool = True) -> Acquired:
+    def find(self, user: UserId, prompt: str, start: int = 0, *, release: bool = True) -> Acquired:
         start = min(start, len(prompt))
         self.say(self.engine_id, Acquire(next(self.numbers), user, keys(prompt), start, public=public(prompt)))
         (answer,) = self.sent(Acquired)
@@ -104,7 +125,7 @@ class TestReading:
 
     def test_a_user_who_never_came_before_finds_it(self, pool: Pool) -> None:
         pool.publish(SYSTEM, "sys")
-        answer = pool.ask(BOB, "sysbob")
+        answer = pool.find(BOB, "sysbob")
         assert (answer.ready, answer.public) == (3, 3)
 
     def test_two_users_store_it_once(self, pool: Pool) -> None:
@@ -116,15 +137,15 @@ class TestReading:
     def test_an_answer_is_public_first_and_then_own(self, pool: Pool) -> None:
         pool.publish(SYSTEM, "sys")
         pool.save(ALICE, "sysab")
-        answer = pool.ask(ALICE, "sysab")
+        answer = pool.find(ALICE, "sysab")
         assert (answer.ready, answer.public) == (5, 3)
-        assert pool.ask(BOB, "sysab").ready == 3
+        assert pool.find(BOB, "sysab").ready == 3
 
     def test_what_a_user_had_before_it_was_published_is_found_behind_it(self, pool: Pool) -> None:
         pool.save(ALICE, "sysab")
-        own = pool.ask(ALICE, "sysab").extents
+        own = pool.find(ALICE, "sysab").extents
         pool.publish(SYSTEM, "sys")
-        answer = pool.ask(ALICE, "sysab")
+        answer = pool.find(ALICE, "sysab")
         assert (answer.ready, answer.public) == (5, 3)
         assert answer.extents[3:] == own[3:]
         assert not set(answer.extents[:3]) & set(own[:3])
@@ -133,10 +154,10 @@ class TestReading:
         pool = Pool(pages=8, public_pages=3)
         pool.save(ALICE, "sysab")
         pool.publish(SYSTEM, "sys")
-        pool.ask(ALICE, "sysab")
+        pool.find(ALICE, "sysab")
         pool.save(BOB, "bob")  # needs what the copy has, and no more
-        assert pool.ask(ALICE, "sysab").ready == 5
-        assert pool.ask(BOB, "bob").ready == 3
+        assert pool.find(ALICE, "sysab").ready == 5
+        assert pool.find(BOB, "bob").ready == 3
 
     def test_without_its_names_nothing_public_is_found(self, pool: Pool) -> None:
         pool.publish(SYSTEM, "sys")
@@ -144,9 +165,9 @@ class TestReading:
 
     def test_a_copy_that_is_being_read_may_be_adopted_away_from(self, pool: Pool) -> None:
         pool.save(ALICE, "sysab")
-        reading = pool.ask(ALICE, "sysab", release=False)
+        reading = pool.find(ALICE, "sysab", release=False)
         pool.publish(SYSTEM, "sys")
-        answer = pool.ask(ALICE, "sysab")
+        answer = pool.find(ALICE, "sysab")
         pool.say(pool.engine_id, Release(reading.lease))
         assert (answer.ready, answer.public) == (5, 3)
         assert all(block.pins == 0 for block in pool.cache.default_tenant.user_by_id[ALICE].block_by_key.values())
@@ -175,7 +196,7 @@ class TestWriting:
         pool.publish(SYSTEM, "sys")
         pool.handle(PublicationRemoved(SYSTEM))
         assert pool.fill(SYSTEM, "sys").refusal is Refusal.NOT_PUBLISHED
-        assert (pool.ask(BOB, "sys").ready, pool.used_pages) == (0, 0)
+        assert (pool.find(BOB, "sys").ready, pool.used_pages) == (0, 0)
 
     def test_no_more_is_published_than_is_guaranteed(self, pool: Pool) -> None:
         pool.add(SYSTEM, "systm")
@@ -187,17 +208,17 @@ class TestWriting:
     def test_an_aborted_one_is_never_read(self, pool: Pool) -> None:
         pool.add(SYSTEM, "sys")
         answer = pool.fill(SYSTEM, "sys", commit=False)
-        assert pool.ask(BOB, "sys").ready == 0
+        assert pool.find(BOB, "sys").ready == 0
         pool.say(pool.engine_id, Abort(answer.lease))
-        assert (pool.ask(BOB, "sys").ready, pool.used_pages) == (0, 0)
+        assert (pool.find(BOB, "sys").ready, pool.used_pages) == (0, 0)
         assert pool.fill(SYSTEM, "sys").refusal is None
-        assert pool.ask(BOB, "sys").ready == 3
+        assert pool.find(BOB, "sys").ready == 3
 
     def test_it_stays_however_much_others_store(self, pool: Pool) -> None:
         pool.publish(SYSTEM, "sys")
         for letter in "abcdefgh":
             pool.save(ALICE, letter * 8)
-        assert pool.ask(BOB, "sys").public == 3
+        assert pool.find(BOB, "sys").public == 3
 
 
 class TestRemoving:
@@ -207,19 +228,19 @@ class TestRemoving:
         pool.publish(SYSTEM, "sys")
         pool.save(ALICE, "sysab")
         pool.handle(PublicationRemoved(SYSTEM))
-        assert (pool.ask(ALICE, "sysab").ready, pool.used_pages) == (0, 0)
+        assert (pool.find(ALICE, "sysab").ready, pool.used_pages) == (0, 0)
 
     def test_what_another_publication_has_too_stays(self, pool: Pool) -> None:
         pool.publish(SYSTEM, "syst")
         pool.publish(OTHER, "sy")
         pool.handle(PublicationRemoved(SYSTEM))
-        assert (pool.ask(BOB, "syst").public, pool.used_pages) == (2, 2)
+        assert (pool.find(BOB, "syst").public, pool.used_pages) == (2, 2)
         pool.handle(PublicationRemoved(OTHER))
         assert pool.used_pages == 0
 
     def test_who_reads_it_may_finish(self, pool: Pool) -> None:
         pool.publish(SYSTEM, "sys")
-        reading = pool.ask(BOB, "sys", release=False)
+        reading = pool.find(BOB, "sys", release=False)
         pool.handle(PublicationRemoved(SYSTEM))
         assert pool.used_pages == 3
         pool.say(pool.engine_id, Release(reading.lease))
@@ -229,7 +250,7 @@ class TestRemoving:
         pool.publish(SYSTEM, "sys")
         pool.save(ALICE, "sysab")
         pool.say(pool.engine_id, Discard(PUBLIC_USER, public("sys")[1], PUBLIC_TENANT))
-        assert (pool.ask(ALICE, "sysab").ready, pool.used_pages) == (1, 1)
+        assert (pool.find(ALICE, "sysab").ready, pool.used_pages) == (1, 1)
         assert pool.stats(SYSTEM).blocks_ready == 1
 
     def test_what_it_had_pinned_of_users_is_let_go(self, pool: Pool) -> None:
@@ -279,7 +300,7 @@ def test_pins_pages_and_owners_agree_whatever_happens(seed: int) -> None:
         match random.randrange(7):
             case 0 | 1:
                 start = min(random.randrange(4), len(prompt))
-                answer = pool.ask(user, prompt, start, release=False)
+                answer = pool.find(user, prompt, start, release=False)
                 held += [answer.lease] if answer.lease else []
                 owner = pool.cache.default_tenant.user_by_id.get(user)
                 mine = {block.extent for block in owner.block_by_key.values()} if owner is not None else set()
@@ -343,3 +364,115 @@ def leased(pool: Pool) -> set[Block]:
 def public_users(pool: Pool) -> tuple[object, ...]:
     tenant = pool.cache.tenant_by_name.get(PUBLIC_TENANT)
     return tuple(tenant.user_by_id.values()) if tenant is not None else ()
+
+
+class TestOnDisk:
+    """What is published outlives the server, as long as it is published."""
+
+    def after(self, *crowds: tuple[PublicationId, str], removed: PublicationId | None = None) -> "Restarted":
+        """Publish, let the disk keep it, remove something, and start anew with what the disk has."""
+        pool = Pool(disk_pages=16)
+        for publication, prompt in crowds:
+            pool.publish(publication, prompt)
+        pool.do()
+        if removed is not None:
+            pool.handle(PublicationRemoved(removed))
+            pool.do()
+        return Restarted(pool, forgotten=removed)
+
+    def test_a_restart_brings_it_back(self) -> None:
+        pool = self.after((SYSTEM, "sys"))
+        pool.do()
+        assert pool.stats(SYSTEM).blocks_ready == 3
+        answer = pool.find(BOB, "sysbob")
+        assert (answer.ready, answer.public) == (3, 3)
+
+    def test_what_users_have_behind_it_is_found_again(self) -> None:
+        before = Pool(disk_pages=16)
+        before.publish(SYSTEM, "sys")
+        before.save(ALICE, "sysab")
+        before.do()
+        pool = Restarted(before)
+        pool.do()
+        pool.begin(ALICE, "sysab")
+        pool.do()
+        (answer,) = pool.sent(Acquired)
+        assert (answer.ready, answer.public) == (5, 3)
+
+    def test_two_with_one_beginning_share_it_again(self) -> None:
+        pool = self.after((SYSTEM, "sys"), (OTHER, "syo"))
+        pool.do()
+        assert pool.used_pages == 4
+        assert [pool.find(BOB, prompt).public for prompt in ("sys", "syo")] == [3, 3]
+        pool.handle(PublicationRemoved(SYSTEM))
+        assert [pool.find(BOB, prompt).public for prompt in ("sys", "syo")] == [2, 3]
+
+    def test_what_was_removed_is_gone_from_the_disk(self) -> None:
+        pool = self.after((SYSTEM, "sys"), (OTHER, "o"), removed=SYSTEM)
+        pool.do()
+        assert pool.on_disk == 1
+        assert pool.find(BOB, "sys").ready == 0
+        assert pool.find(BOB, "o").ready == 1
+
+    def test_what_nobody_publishes_any_more_is_forgotten_at_a_start(self) -> None:
+        before = Pool(disk_pages=16)
+        before.publish(SYSTEM, "sys")
+        before.do()
+        pool = Restarted(before, forgotten=SYSTEM)  # which the records outlived
+        pool.do()
+        assert (pool.on_disk, pool.used_pages) == (0, 0)
+        assert pool.find(BOB, "sys").ready == 0
+
+    def test_a_mark_of_what_was_removed_still_publishes_nothing(self) -> None:
+        pool = self.after((SYSTEM, "sys"), removed=SYSTEM)
+        assert pool.fill(SYSTEM, "sys").refusal is Refusal.NOT_PUBLISHED
+
+    def test_less_room_brings_back_the_first_blocks_and_says_why(self) -> None:
+        before = Pool(disk_pages=16)
+        before.publish(SYSTEM, "sys")
+        before.do()
+        pool = Restarted(before, public_pages=2)
+        pool.do()
+        assert (pool.stats(SYSTEM).blocks_ready, pool.stats(SYSTEM).refusal) == (2, Refusal.ALL_PINNED.value)
+        assert pool.find(BOB, "sys").ready == 2
+
+    def test_a_record_that_is_lost_makes_it_shorter_until_it_is_published_again(self) -> None:
+        pool = self.after((SYSTEM, "sys"))
+        pool.do(wrong=lambda work: RecordLost(work.op, Loss.NOT_AUTHENTIC) if isinstance(work, ReadRecord) else None)
+        assert pool.stats(SYSTEM).blocks_ready == 0
+        assert pool.fill(SYSTEM, "sys").refusal is None
+        pool.do()
+        assert pool.stats(SYSTEM).blocks_ready == pool.on_disk == 3
+
+    def test_users_records_push_it_off_the_disk_and_not_out_of_the_pool(self) -> None:
+        pool = Pool(pages=16, disk_pages=3)
+        pool.publish(SYSTEM, "sys")
+        pool.do()
+        pool.save(ALICE, "alice")
+        pool.do()
+        assert pool.on_disk == 3
+        assert pool.stats(SYSTEM).blocks_ready == 3
+
+    def test_an_engine_that_can_not_load_it_lets_it_go_from_the_disk(self) -> None:
+        pool = Pool(disk_pages=16)
+        pool.publish(SYSTEM, "sys")
+        pool.do()
+        pool.say(pool.engine_id, Discard(ALICE, public("s")[0], PUBLIC_TENANT))
+        pool.do()
+        assert pool.on_disk == 0
+
+
+class Restarted(Pool):
+    """A pool with an engine, after a restart with what the disk of another has, but for a publication."""
+
+    def __init__(self, before: Pool, *, forgotten: PublicationId | None = None, public_pages: int = 4) -> None:
+        super().__init__(public_pages=public_pages, disk_pages=16)
+        self.index = before.index
+        self.kept = {id_: each for id_, each in before.kept.items() if id_ != forgotten}
+        records = [StoredRecord(name, each.slot, each.length, each.depth, 0.0) for name, each in self.index.items()]
+        effects = self.cache.restore(records, (), self.now, self.kept.values())
+        self.work += [effect for effect in effects if isinstance(effect, Work)]
+
+    def begin(self, user: UserId, prompt: str) -> None:
+        """Ask, and leave the answer to come."""
+        self.say(self.engine_id, Acquire(next(self.numbers), user, keys(prompt), 0, public=public(prompt)))

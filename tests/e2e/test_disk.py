@@ -13,9 +13,12 @@ from pathlib import Path
 import pytest
 
 from demo.engine import Completion, Engine
+from demo.prompts import PARAGRAPHS
 from demo.server import Server, connector_config
-from saltern.core.snapshot import DiskStats
+from saltern.core.messages import PUBLIC_TENANT
+from saltern.core.snapshot import DiskStats, Snapshot
 from tests.e2e.conftest import PATIENCE_MS, NewSalt, Stack, Story
+from tests.e2e.test_publish import chat, publish, publish_prompt, saltern
 
 pytestmark = pytest.mark.e2e
 
@@ -131,6 +134,30 @@ def test_what_the_server_before_has_stored_comes_back_from_the_disk(
     assert hit.token_ids == cold.token_ids
     assert stack.counts.disk_loaded - before.disk_loaded == BLOCKS
     assert hits["external"] - hits_before["external"] == BLOCKS * stack.block_tokens
+
+
+def test_what_is_published_is_there_for_a_new_user_after_a_restart(
+    stack: Stack, server: ServerWithDisk, new_salt: NewSalt, tmp_path: Path
+) -> None:
+    system_prompt = tmp_path / "system.txt"
+    system_prompt.write_text("\n\n".join(PARAGRAPHS[:6]))
+    saltern("tenants", "set", "public", "--guarantee", "64 MiB", "--socket", str(server.admin_socket_path))
+    publication = publish_prompt(stack, system_prompt)
+    cold = chat(stack, system_prompt, "Hello!", new_salt())
+    blocks = server.stats().publications[0].blocks
+    server.wait_for("what is published is on the disk", lambda snapshot: _public_on_disk(snapshot) == blocks)
+    server.kill()
+    server.start()
+    server.wait_for("it is back", lambda snapshot: snapshot.publications[0].blocks_ready == blocks)
+    _send_until_attached(stack)
+
+    assert cold == chat(stack, system_prompt, "Hello!", new_salt()) == blocks * stack.block_tokens
+    publish(stack, "--remove", publication)
+    assert chat(stack, system_prompt, "Hello!", new_salt()) == 0
+
+
+def _public_on_disk(snapshot: Snapshot) -> int:
+    return sum(tenant.disk_blocks for tenant in snapshot.tenants if tenant.tenant == PUBLIC_TENANT)
 
 
 def test_nobody_else_gets_what_is_on_the_disk(

@@ -30,6 +30,7 @@ from saltern.core.messages import (
     Commit,
     LookedUp,
     Lookup,
+    PublicationId,
     Refused,
     Release,
     Reserve,
@@ -535,6 +536,9 @@ class Noted:
 
     def publications(self) -> tuple[PublicationStats, ...]:
         return ()
+
+    def forget_publication(self, publication: PublicationId) -> bool:
+        return False
 
     def is_erased_for_good(self, tenant: str, user: UserId) -> bool:
         return False

@@ -7,13 +7,38 @@ from contextlib import contextmanager
 import pytest
 
 from saltern.core.keys import KEY_BYTES, Key, UserId
-from saltern.core.messages import Acquire, Acquired, Commit, Loading, LookedUp, Lookup, Release, Reserve, Reserved
+from saltern.core.messages import (
+    Acquire,
+    Acquired,
+    Commit,
+    Loading,
+    LookedUp,
+    Lookup,
+    NamespaceChanged,
+    PublicationId,
+    PublicDepth,
+    Refusal,
+    Release,
+    Reserve,
+    Reserved,
+)
 from saltern.core.snapshot import DiskStats
-from saltern.operations import Failed, ListTenants, SetTenant, TenantSettings, TenantShown, TenantsListed
+from saltern.operations import (
+    Failed,
+    ListTenants,
+    OpenPublication,
+    PublicationOpened,
+    RemovePublication,
+    SetTenant,
+    TenantSettings,
+    TenantShown,
+    TenantsListed,
+)
 from tests.server.test_admin import ask
 from tests.support import Engine, Server, Settings, engine_at, serving, until
 
 PAGE = 65_536
+ROOT = bytes(32)
 MIB = 1024**2
 SLOT = 17 * 4096
 """What a block of a page takes on disk."""
@@ -64,9 +89,12 @@ def store(engine: Engine, name: str, count: int, tenant: str = "default") -> Non
     hold.release()
 
 
-def load(engine: Engine, name: str, count: int, tenant: str = "default") -> list[bytes]:
+def load(engine: Engine, name: str, count: int, tenant: str = "default", *, public: bool = False) -> list[bytes]:
     """Ask for a prompt, wait for what comes from the disk, and return the bytes of the blocks that hit."""
-    engine.control.send(Acquire(request=2, user=user(name), keys=chain(name, count), start=0, tenant=tenant))
+    keys = chain(name, count)
+    engine.control.send(
+        Acquire(request=2, user=user(name), keys=keys, start=0, tenant=tenant, public=keys if public else ())
+    )
     answer = engine.receive()
     while isinstance(answer, Loading):
         answer = engine.receive()
@@ -106,6 +134,72 @@ def test_what_was_stored_is_a_hit_after_the_end_of_the_server(how: str) -> None:
             assert not load(engine, "carol", 3)
         counts = {tenant.tenant: tenant.counts.disk_loaded for tenant in server.stats().tenants}
         assert (counts["default"], counts["acme"]) == (8, 3)
+
+
+def published(server: Server) -> list[tuple[str, int, int]]:
+    """Return the labels of what is published, and of how many blocks how many can be read."""
+    return [(each.label, each.blocks, each.blocks_ready) for each in server.stats().publications]
+
+
+def test_what_is_published_is_brought_back_and_what_was_removed_is_not() -> None:
+    with serving_disk(tenants={"public": {"guarantee": "1 MiB"}}) as server:
+        names = {}
+        with engine_at(server.path) as engine:
+            engine.control.send(NamespaceChanged(ROOT))
+            for name in ("one", "other"):
+                opened = ask(server, OpenPublication(root=ROOT, content=bytes(32), blocks=3, label=name))
+                assert isinstance(opened, PublicationOpened)
+                names[name] = UserId(opened.publication)
+                publish(engine, names[name], name, 3)
+            written(server, 6)
+        server.kill()
+        server.start()
+        until(lambda: published(server) == [("one", 3, 3), ("other", 3, 3)], "both are back")
+        with engine_at(server.path) as engine:
+            assert engine.ask(NamespaceChanged(ROOT)) == PublicDepth(3)
+            assert load(engine, "one", 3, public=True) == [content("one", block) for block in range(3)]
+            ask(server, RemovePublication(PublicationId(names["one"])))
+            assert engine.ask(lookup("one", 3)) == LookedUp(1, ready=0)
+        server.kill()
+        server.start()
+        until(lambda: published(server) == [("other", 3, 3)], "one alone is back")
+        written(server, 3)
+        with engine_at(server.path) as engine:
+            assert engine.ask(NamespaceChanged(ROOT)) == PublicDepth(3)
+            assert engine.ask(lookup("one", 3)) == LookedUp(1, ready=0)
+            publish(engine, names["one"], "one", 3, refused=Refusal.NOT_PUBLISHED)
+        assert isinstance(ask(server, RemovePublication(PublicationId(names["one"]))), Failed)
+
+
+def lookup(name: str, count: int) -> Lookup:
+    """Look for what is published, as a user who has nothing."""
+    return Lookup(request=1, user=user("nobody"), keys=chain("nobody", count), public=chain(name, count))
+
+
+def publish(engine: Engine, id_: UserId, name: str, count: int, *, refused: Refusal | None = None) -> None:
+    """Store the blocks of a publication."""
+    hold = engine.hold()
+    reserve = Reserve(
+        request=1,
+        user=id_,
+        keys=chain(name, count),
+        start=0,
+        acquired_at=time.monotonic(),
+        tenant="public",
+        began_at=time.monotonic(),
+    )
+    engine.control.send(reserve)
+    reserved = engine.receive()
+    while isinstance(reserved, PublicDepth):
+        reserved = engine.receive()
+    assert isinstance(reserved, Reserved)
+    assert reserved.refusal is refused
+    for grant in reserved.grants:
+        (run,) = grant.extent
+        hold.buffer[run.start * PAGE : (run.start + 1) * PAGE] = content(name, grant.index)
+    if reserved.lease:
+        engine.control.send(Commit(lease=reserved.lease))
+    hold.release()
 
 
 def test_what_was_used_last_is_known_after_a_restart() -> None:

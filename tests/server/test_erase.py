@@ -14,7 +14,17 @@ from saltern.audit import AuditError, AuditLog, Detail, Line, parse_receipt, rea
 from saltern.client.sockets import ConnectionLost
 from saltern.core.effects import Event
 from saltern.core.keys import UserId, signed_user_key, unsigned_user_key, user_id
-from saltern.core.messages import Acquire, Acquired, Commit, Loading, Refusal, Release, Reserve, Reserved
+from saltern.core.messages import (
+    Acquire,
+    Acquired,
+    Commit,
+    Loading,
+    PublicationId,
+    Refusal,
+    Release,
+    Reserve,
+    Reserved,
+)
 from saltern.core.snapshot import PublicationStats
 from saltern.epochs import make_epochs, read_epochs
 from saltern.operations import Erase, Failed, KeyRotated, RotateKey, UserErased
@@ -362,6 +372,9 @@ class Faulty:
             raise OperationError("the disk is broken")
         self.erased.append((tenant, user, for_good))
         return Erasure(1, 10, 0, 20, (bytes(16),))
+
+    def forget_publication(self, publication: PublicationId) -> bool:
+        return False
 
     def is_erased_for_good(self, tenant: str, user: UserId) -> bool:
         return (tenant, user, True) in self.erased

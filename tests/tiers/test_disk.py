@@ -12,20 +12,24 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from queue import Empty
 
+import msgspec
 import pytest
 
 from saltern.core.disk import DISK_PAGE_BYTES
 from saltern.core.effects import (
     ForgetRecords,
+    KeepPublication,
     Loss,
     RecordLost,
     RecordNotWritten,
     RecordRead,
     RecordsForgotten,
     RecordWritten,
+    StoredPublication,
     WriteRecord,
 )
 from saltern.core.extents import Run
+from saltern.core.messages import PublicationId
 from saltern.tiers.errors import DiskError, DiskInUseError
 from tests.tiers.rig import (
     ARENA_PAGE_BYTES,
@@ -405,6 +409,7 @@ def test_the_index_may_be_full_of_noise(rig: Rig, tmp_path: Path) -> None:
         try:
             restored = rig.start()
         except DiskError:
+            rig.tier.close()  # where it was opened, and could not be restored
             refused += 1
             continue
         started += 1
@@ -418,6 +423,40 @@ def test_the_index_may_be_full_of_noise(rig: Rig, tmp_path: Path) -> None:
     assert refused > 5 and started > 5
     (rig.data / "index.db").write_bytes(whole)
     rig.start()
+
+
+# What is published
+
+SYSTEM = StoredPublication(PublicationId(b"s" * 16), b"root" + bytes(28), 3, "a prompt", (name_of(1).key,))
+
+
+def test_what_is_published_is_known_after_a_restart_as_it_was_last(rig: Rig) -> None:
+    longer = msgspec.structs.replace(SYSTEM, keys=(name_of(1).key, name_of(2).key))
+    for kept in (SYSTEM, msgspec.structs.replace(SYSTEM, id=PublicationId(b"o" * 16)), longer):
+        rig.tier.perform(KeepPublication(kept))
+    assert rig.restart().publications == [longer, msgspec.structs.replace(SYSTEM, id=PublicationId(b"o" * 16))]
+
+
+def test_what_was_removed_is_not(rig: Rig) -> None:
+    rig.tier.perform(KeepPublication(SYSTEM))
+    assert rig.tier.forget_publication(SYSTEM.id)
+    assert not rig.tier.forget_publication(SYSTEM.id)
+    assert rig.restart().publications == []
+
+
+def test_a_removal_waits_for_the_disk(rig: Rig) -> None:
+    rig.tier.perform(KeepPublication(SYSTEM))
+    rig.tier.forget_publication(SYSTEM.id)
+    assert not (rig.data / "index.db-wal").stat().st_size, "the removal is in a log that nobody has synced"
+    assert SYSTEM.label.encode() not in (rig.data / "index.db").read_bytes()
+
+
+@pytest.mark.parametrize("damage", ["keys = x'c1'", "keys = 7", "blocks = 'x'", "id = 1", "root = 1.5"])
+def test_a_row_that_can_be_no_publication_is_none(rig: Rig, damage: str) -> None:
+    rig.tier.perform(KeepPublication(SYSTEM))
+    rig.tier.close()
+    change_index(rig, f"UPDATE publication SET {damage}")
+    assert rig.start().publications == []
 
 
 # Torn tails

@@ -22,6 +22,7 @@ from saltern.core.effects import (
     Erased,
     Event,
     Gone,
+    KeepPublication,
     Logged,
     Loss,
     OpId,
@@ -35,6 +36,7 @@ from saltern.core.effects import (
     RecordWritten,
     SecretsRotated,
     Send,
+    StoredPublication,
     StoredRecord,
     TenantRemoved,
     TenantSet,
@@ -193,17 +195,28 @@ class Cache:
         return effects
 
     def restore(
-        self, records: Iterable[StoredRecord], erased: Iterable[tuple[str, UserId | None, bool]], now: float
+        self,
+        records: Iterable[StoredRecord],
+        erased: Iterable[tuple[str, UserId | None, bool]],
+        now: float,
+        publications: Iterable[StoredPublication] = (),
     ) -> list[Effect]:
         """Know what an earlier server has left on the disk, before anything else happens.
 
-        `erased` names whom it has erased, and whether for good: nothing that began before now is stored for them.
+        `erased` names whom it has erased, and whether for good: nothing that began before now is stored for them. What
+        is published is brought into memory, for it is found nowhere else.
         """
         for tenant, user, for_good in erased:
             self._erased_at[tenant, user] = inf if for_good else now
         self._now = now
-        self.disk.restore(records)
+        for stored in publications:
+            self.publication_by_id[stored.id] = Publication(
+                stored.id, root=stored.root, blocks=stored.blocks, label=stored.label, keys=stored.keys
+            )
+        self.disk.restore(records, {key for each in self.publication_by_id.values() for key in each.keys})
         self._effects = []
+        for publication in self.publication_by_id.values():
+            self._bring_back(publication)
         self._work()
         return self._effects
 
@@ -695,7 +708,34 @@ class Cache:
     def _is_publishing(self, session: Session, ask: Reserve) -> bool:
         """Return whether these blocks may be stored for all users."""
         publication = self._publication(ask)
-        return publication is not None and not ask.ends_in_state and publication.admits(session.root, ask.keys)
+        if publication is None or ask.ends_in_state:
+            return False
+        known = publication.keys
+        is_admitted = publication.admits(session.root, ask.keys)
+        if publication.keys is not known and self.disk.pool.pages:
+            self._effects.append(KeepPublication(publication.stored))
+        return is_admitted
+
+    def _bring_back(self, publication: Publication) -> None:
+        """Have what is published read from the disk, as far as its first blocks are there and have room."""
+        tenant, parent = self.shares.tenant(PUBLIC_TENANT), None
+        load: list[Block] = []
+        for key in publication.keys:
+            block = self._linked(PUBLIC_TENANT, PUBLIC_USER, key)  # if another publication has it too
+            if block is None:
+                record = self.disk.find(PUBLIC_TENANT, PUBLIC_USER, key, length=None, now=self._now)
+                if record is None:
+                    break
+                made = self._write(tenant, PUBLIC_USER, key, parent=parent, length=record.length, at=self._now)
+                if isinstance(made, Refusal):
+                    publication.refusal = made.value
+                    break
+                made.record, block = record, made
+                load.append(made)
+                self.disk.queue_read(record, made)
+            parent = block
+        if load:
+            self.loads.begin(load)
 
     def _public_blocks(self, ask: Lookup | Acquire | Reserve) -> Mapping[Key, Block]:
         return self._blocks_of(PUBLIC_TENANT, PUBLIC_USER) if ask.public else {}
@@ -720,6 +760,8 @@ class Cache:
         publication = self.publication_by_id.pop(id_, None)
         kept = {key for other in self.publication_by_id.values() for key in other.keys}
         gone = [key for key in publication.keys if key not in kept] if publication is not None else []
+        for key in gone:
+            self.disk.discard(PUBLIC_TENANT, PUBLIC_USER, key)
         for key in gone[:1]:  # the others continue it
             block = self._linked(PUBLIC_TENANT, PUBLIC_USER, key)
             doomed = self._doom(block) if block is not None else 0
@@ -736,8 +778,9 @@ class Cache:
                 self._send(control, PublicDepth(depth))
 
     def _discard(self, session: Session, ask: Discard) -> None:
-        block = self._found(ask.tenant, PUBLIC_USER if ask.tenant == PUBLIC_TENANT else ask.user, ask.key)
-        self.disk.discard(ask.tenant, ask.user, ask.key)
+        user = PUBLIC_USER if ask.tenant == PUBLIC_TENANT else ask.user
+        block = self._found(ask.tenant, user, ask.key)
+        self.disk.discard(ask.tenant, user, ask.key)
         if block is not None:
             tenant = block.user.tenant
             for behind in block.with_descendants():

@@ -14,7 +14,7 @@ can't be is skipped, counted, and offered again when it is next used.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from enum import Enum
 from itertools import count, pairwise
 from typing import Final, Generic, TypeVar
@@ -162,7 +162,7 @@ class Disk:
     def __init__(self, pages: int, limits_by_name: Mapping[str, Limits]) -> None:
         self.pool = PagePool(pages)
         self.shares: Shares[StoredBlock] = Shares(
-            limits_by_name, pages=pages, page_bytes=DISK_PAGE_BYTES, in_flight_max_pages=0, place="disk"
+            limits_by_name, pages=pages, page_bytes=DISK_PAGE_BYTES, in_flight_max_pages=0, place="disk", has_pool=False
         )
         self.writes_in_flight_max = WRITES_IN_FLIGHT_MAX
         self.reads_in_flight_max = READS_IN_FLIGHT_MAX
@@ -182,10 +182,10 @@ class Disk:
         self._erasing: list[User[StoredBlock]] = []
         self._serials = count(1)
 
-    def restore(self, records: Iterable[StoredRecord]) -> None:
+    def restore(self, records: Iterable[StoredRecord], published: Container[Key] = ()) -> None:
         """Know these records again, before anything else happens. Those that can't be are forgotten.
 
-        Of two that claim one page, at least one is.
+        Of two that claim one page, at least one is. Of the public pool only what is still `published` is known.
         """
         by_age = sorted(records, key=lambda record: (record.touched_at, -record.depth))
         claims = sorted((run.start, run.start + run.count) for record in by_age for run in record.slot)
@@ -195,7 +195,7 @@ class Disk:
             places = [(run.start, run.start + run.count) for run in record.slot]
             fits = all(0 <= start < end <= self.pool.pages and (start, end) not in clashing for start, end in places)
             tenant = self.shares.tenant(record.name.tenant)
-            if fits and record.name.tenant != PUBLIC_TENANT:
+            if fits and (record.name.tenant != PUBLIC_TENANT or record.name.key in published):
                 taken += record.slot
                 stored = self._add(record.name, record.slot, record.length, record.depth, record.touched_at)
                 stored.state = RecordState.STORED
@@ -221,10 +221,12 @@ class Disk:
 
     # What is there
 
-    def find(self, tenant_name: str, user_id: UserId, key: Key, *, length: int, now: float) -> StoredBlock | None:
-        """Return a block's record, if it can be read."""
+    def find(
+        self, tenant_name: str, user_id: UserId, key: Key, *, length: int | None, now: float
+    ) -> StoredBlock | None:
+        """Return a block's record, of some length or with None of any, if it can be read."""
         record = self._linked(tenant_name, user_id, key)
-        if record is None or record.state is not RecordState.STORED or record.length != length:
+        if record is None or record.state is not RecordState.STORED or length not in (None, record.length):
             return None
         return None if self._is_expired(record, now) else record
 
@@ -255,7 +257,7 @@ class Disk:
         if known is not None and known.is_kept and known.length == block.length:
             block.record = known
             self.touch(known, block.touched_at)
-        elif self.pool.pages and tenant.name != PUBLIC_TENANT and not user.is_erased:
+        elif self.pool.pages and not user.is_erased:
             if self._to_write.waiting(tenant.name) < OFFERED_MAX and not self._is_to_go(user, block.key):
                 self._to_write.put(tenant.name, (block, root))
             else:

@@ -44,6 +44,16 @@ class StoredRecord(Struct, frozen=True):
     touched_at: float
 
 
+class StoredPublication(Struct, frozen=True):
+    """A publication whose blocks' names are known, as it is kept on the disk."""
+
+    id: PublicationId
+    root: bytes
+    blocks: int
+    label: str
+    keys: tuple[Key, ...]
+
+
 class Received(Struct, frozen=True):
     """A message came in."""
 
@@ -228,10 +238,16 @@ Work = WriteRecord | ReadRecord | ForgetRecords
 """What takes time: done beside the loop, each answered by one event."""
 
 
+class KeepPublication(Struct, frozen=True):
+    """Have a publication known again after a restart, as it is now."""
+
+    publication: StoredPublication
+
+
 class WipePages(Struct, frozen=True):
     """Overwrite pages of the arena with zeros, before anything is done about the effects behind this one."""
 
     extent: Extent
 
 
-Effect = Send | Close | Logged | Work | WipePages
+Effect = Send | Close | Logged | Work | KeepPublication | WipePages

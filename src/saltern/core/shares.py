@@ -23,7 +23,8 @@ class Shares(Generic[B]):
     """All tenants of one tier. One without settings lives as long as it holds something, except for the default one.
 
     `in_flight_max_pages` is P. None: all that is not guaranteed, and at least an eighth of the arena; without
-    any guarantee there is nothing to protect, and no bound. `place` is what the tier is called.
+    any guarantee there is nothing to protect, and no bound. `place` is what the tier is called; where it `has_pool`,
+    the public tenant is one: see `Tenant.set_limits`.
     """
 
     def __init__(
@@ -34,9 +35,11 @@ class Shares(Generic[B]):
         page_bytes: int,
         in_flight_max_pages: int | None,
         place: str = "arena",
+        has_pool: bool = True,
     ) -> None:
         self.tenant_by_name: dict[str, Tenant[B]] = {}
         self._place = place
+        self._has_pool = has_pool
         self.held_pages_max: int | None = None
         self._pages = pages
         self._page_bytes = page_bytes
@@ -61,7 +64,7 @@ class Shares(Generic[B]):
                 return f"tenant {name}: {reason}"
         public = self.tenant_by_name.get(PUBLIC_TENANT)
         guarantee_bytes = limits_by_name.get(PUBLIC_TENANT, NO_LIMITS).guarantee_bytes
-        if public is not None and public.used_pages * self._page_bytes > guarantee_bytes:
+        if public is not None and public.is_pool and public.used_pages * self._page_bytes > guarantee_bytes:
             return (
                 f"tenant {PUBLIC_TENANT}: {public.used_pages * self._page_bytes} bytes are published, more than a"
                 f" guarantee of {guarantee_bytes}: remove a publication first"
@@ -108,7 +111,12 @@ class Shares(Generic[B]):
 
     def _new(self, name: str, limits: Limits, *, is_configured: bool) -> Tenant[B]:
         return Tenant(
-            name, limits, page_bytes=self._page_bytes, serial=next(self._serials), is_configured=is_configured
+            name,
+            limits,
+            page_bytes=self._page_bytes,
+            serial=next(self._serials),
+            is_configured=is_configured,
+            is_pool=self._has_pool and name == PUBLIC_TENANT,
         )
 
     # Who pays
@@ -239,7 +247,7 @@ class Shares(Generic[B]):
 
         What is published is pinned for good, and always part of a guarantee.
         """
-        if tenant.name == PUBLIC_TENANT:
+        if tenant.is_pool:
             return
         before = max(tenant.held_pages, tenant.held_share_pages)
         tenant.held_pages += pages
@@ -247,7 +255,7 @@ class Shares(Generic[B]):
 
     def may_hold(self, tenant: Tenant[B]) -> int | None:
         """Return how many pages more the tenant may pin; None is no bound."""
-        if self.held_pages_max is None or tenant.name == PUBLIC_TENANT:
+        if self.held_pages_max is None or tenant.is_pool:
             return None
         own = max(tenant.held_share_pages - tenant.held_pages, 0)
         return own + max(self.held_pages_max - self._spoken_for, 0)
@@ -259,7 +267,7 @@ class Shares(Generic[B]):
         if guaranteed and self.held_pages_max is None:
             self.held_pages_max = self._pages - guaranteed
         for tenant in tenants:
-            if tenant.name == PUBLIC_TENANT:
+            if tenant.is_pool:
                 continue
             tenant.held_share_pages = (self.held_pages_max or 0) * tenant.guarantee_pages // max(self._pages, 1)
         self._spoken_for = sum(max(tenant.held_pages, tenant.held_share_pages) for tenant in tenants)

@@ -8,7 +8,6 @@ from typing import Any, Generic, Protocol, TypeVar
 from msgspec import Struct
 
 from saltern.core.keys import Key, UserId
-from saltern.core.messages import PUBLIC_TENANT
 from saltern.core.order import EvictionOrder, Stamp
 
 
@@ -122,8 +121,11 @@ class Tally:
 class Tenant(Generic[B]):
     """Who is charged, and the limits that hold for it in one tier."""
 
-    def __init__(self, name: str, limits: Limits, *, page_bytes: int, serial: int, is_configured: bool) -> None:
+    def __init__(
+        self, name: str, limits: Limits, *, page_bytes: int, serial: int, is_configured: bool, is_pool: bool = False
+    ) -> None:
         self.name = name
+        self.is_pool = is_pool  # the public one, in RAM
         self.serial = serial
         self.is_configured = is_configured  # otherwise it lives as long as it holds something
         self.user_by_id: dict[UserId, User[B]] = {}
@@ -144,7 +146,7 @@ class Tenant(Generic[B]):
         What is published never goes by itself, and users' blocks hang on it: the public pool has what it is guaranteed
         and borrows nothing, not even when less is guaranteed while it grows.
         """
-        if self.name == PUBLIC_TENANT:
+        if self.is_pool:
             size = max(limits.guarantee_bytes, self.used_pages * self._page_bytes)
             limits = Limits(guarantee_bytes=size, limit_bytes=size)
         self.limits = limits

@@ -43,6 +43,7 @@ from saltern.core.effects import (
     Event,
     ForgetRecords,
     Gone,
+    KeepPublication,
     Logged,
     ReadRecord,
     Received,
@@ -208,7 +209,7 @@ class Loop:
         gc.disable()  # 100,000 records take half as long without collections, which find nothing
         try:
             restored = disk.restore(now)
-            effects = self._cache.restore(restored.records, restored.erased, now)
+            effects = self._cache.restore(restored.records, restored.erased, now, restored.publications)
         finally:
             gc.enable()
         self._disk, self._touched_at = disk, now + TOUCHED_SECONDS
@@ -495,7 +496,7 @@ class Loop:
                     log.warning("closing the connection of pid %d: %s", connection.peer.pid, reason)
                     self._close_when_flushed(connection)
                     self._unflushed[id_] = connection
-            case WriteRecord() | ReadRecord() | ForgetRecords():
+            case WriteRecord() | ReadRecord() | ForgetRecords() | KeepPublication():
                 assert self._disk is not None, "the cache asks something of a disk that isn't there"
                 self._disk.perform(effect)
             case WipePages(extent):

@@ -7,6 +7,7 @@ from pathlib import Path
 from saltern.audit import AuditLog
 from saltern.core.effects import Event
 from saltern.core.keys import UserId
+from saltern.core.messages import PublicationId
 from saltern.core.snapshot import PublicationStats
 from saltern.operations import Answer, Operation
 from saltern.server.erasure import Erasure
@@ -47,6 +48,9 @@ class _Nobody:
 
     def publications(self) -> tuple[PublicationStats, ...]:
         return ()
+
+    def forget_publication(self, publication: PublicationId) -> bool:
+        return False
 
     def is_erased_for_good(self, tenant: str, user: UserId) -> bool:
         return False

@@ -99,6 +99,12 @@ class Subject(Protocol):
     def publications(self) -> tuple[PublicationStats, ...]:
         """Return what is published."""
 
+    def forget_publication(self, publication: PublicationId) -> bool:
+        """Have a removed publication forgotten for good, and return whether it would have been back after a restart.
+
+        Raises `OperationError`.
+        """
+
     def is_erased_for_good(self, tenant: str, user: UserId) -> bool:
         """Return whether nothing is ever stored for a user again."""
 
@@ -295,10 +301,13 @@ class Operations:
         return PublicationOpened(publication, mark)
 
     def _remove_publication(self, publication: PublicationId) -> PublicationsListed:
-        if publication.hex() not in {stats.publication for stats in self._subject.publications()}:
+        is_published = publication.hex() in {stats.publication for stats in self._subject.publications()}
+        # Or an earlier removal could not be written down.
+        if not is_published and not self._subject.forget_publication(publication):
             raise OperationError(f"nothing is published under {publication.hex()}")
         with self._audited("publication-removed", {"publication": publication.hex()}):
             self._subject.tell([PublicationRemoved(publication)])
+            self._subject.forget_publication(publication)  # only now, when nothing of it is kept any more
         log.info("publication %s: removed", publication.hex())
         return PublicationsListed(self._subject.publications())
 

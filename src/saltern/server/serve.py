@@ -16,6 +16,7 @@ from saltern.core.cache import Cache
 from saltern.core.disk import DISK_PAGE_BYTES
 from saltern.core.effects import Erased, Event, OpId
 from saltern.core.keys import UserId
+from saltern.core.messages import PublicationId
 from saltern.core.snapshot import ErasedStats, PublicationStats
 from saltern.server.admin import AdminServer
 from saltern.server.arena import Arena, check_memory
@@ -206,6 +207,12 @@ class _Running:
 
     def publications(self) -> tuple[PublicationStats, ...]:
         return self._call(self._cache.publications)
+
+    def forget_publication(self, publication: PublicationId) -> bool:
+        try:
+            return self._disk is not None and self._disk.forget_publication(publication)
+        except DiskError as error:
+            raise OperationError(f"it is removed, and may be back after a restart: {error}; remove it again") from None
 
     def is_erased_for_good(self, tenant: str, user: UserId) -> bool:
         return self._call(lambda: self._cache.is_erased_for_good(tenant, user))

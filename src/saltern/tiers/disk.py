@@ -4,6 +4,7 @@
     perform(WriteRecord)   →  I/O threads  ─┬────────────────────────→  RecordNotWritten
                                             └→  index thread  → commit → RecordWritten | RecordNotWritten
     perform(ForgetRecords)  ─────────────────→  index thread  → commit → RecordsForgotten
+    perform(KeepPublication)  ───────────────→  index thread  → commit
 
 Reads go before writes, since somebody waits for them, but only so many before any one write. What happens in the index
 happens in the order in which it was put there, in batches of one commit each. Both queues are as long as what the cache
@@ -29,6 +30,7 @@ from saltern.core.disk import DISK_PAGE_BYTES
 from saltern.core.effects import (
     Event,
     ForgetRecords,
+    KeepPublication,
     Loss,
     OpId,
     ReadRecord,
@@ -38,11 +40,13 @@ from saltern.core.effects import (
     RecordRead,
     RecordsForgotten,
     RecordWritten,
+    StoredPublication,
     StoredRecord,
     WriteRecord,
 )
 from saltern.core.extents import Extent
 from saltern.core.keys import UserId
+from saltern.core.messages import PublicationId
 from saltern.tiers.damage import Verifier, misplaced, sound_keys
 from saltern.tiers.datakeys import DataKey, KeyId, Keyring, Owner, wrap
 from saltern.tiers.errors import DiskError
@@ -72,7 +76,7 @@ RETRY_SECONDS = 1.0
 _Result = TypeVar("_Result")
 
 Record = ReadRecord | WriteRecord
-DiskWork = Record | ForgetRecords
+DiskWork = Record | ForgetRecords | KeepPublication
 
 
 class Restored(Struct, frozen=True):
@@ -80,6 +84,7 @@ class Restored(Struct, frozen=True):
 
     records: list[StoredRecord]
     erased: list[Erasure]
+    publications: list[StoredPublication]
     dropped: int
     torn: int
 
@@ -113,7 +118,7 @@ class _Stop(Struct, frozen=True):
     """No change follows."""
 
 
-_Change = _Written | ForgetRecords | _Touched | _Synced
+_Change = _Written | ForgetRecords | KeepPublication | _Touched | _Synced
 
 
 class DiskTier:
@@ -201,7 +206,7 @@ class DiskTier:
             case WriteRecord():
                 number = next(self._numbers)
                 self._work.put((number + OVERTAKING_MAX, number, work))
-            case ForgetRecords():
+            case ForgetRecords() | KeepPublication():
                 self._changes.put(work)
 
     def note_touched(self, touched: Sequence[tuple[RecordName, float]], now: float) -> None:
@@ -253,6 +258,15 @@ class DiskTier:
         """Replace the deployment key, and return how many data keys it wraps. Raises `DiskError`."""
         return self._on_index(self._rotate)
 
+    # What is published, likewise
+
+    def forget_publication(self, id_: PublicationId) -> bool:
+        """Know a publication no more after a restart, and return whether it was known.
+
+        Raises `DiskError`, after which it may or may not be, and it should be asked for again.
+        """
+        return self._on_index(lambda: self._forget_publication(id_))
+
     # A start
 
     def _restore(self, now: float) -> Restored:
@@ -287,7 +301,7 @@ class DiskTier:
             self._keyring.add(owner, key_by_owner[owner])
         # After the rows beyond its new end are gone.
         self._slab.resize(self._pages)
-        return Restored(records, erased, dropped, torn)
+        return Restored(records, erased, index.publications(), dropped, torn)
 
     # Records, on the I/O threads
 
@@ -412,8 +426,10 @@ class DiskTier:
         row = Row(work.name, work.slot, work.length, work.depth, self._by_wall_clock(work.touched_at))
         self._index.put(row, key.id, lambda: wrap(self._deployment_key, row.owner, key))
 
-    def _change_rest(self, change: ForgetRecords | _Touched | _Synced) -> None:
+    def _change_rest(self, change: ForgetRecords | KeepPublication | _Touched | _Synced) -> None:
         match change:
+            case KeepPublication(publication):
+                self._index.put_publication(publication)
             case ForgetRecords():
                 self._index.forget(change.names)
             case _Touched():
@@ -454,6 +470,12 @@ class DiskTier:
         self._destroyed.setdefault((tenant, user), []).extend(destroyed)
         self._index.purge()
         return self._destroyed.pop((tenant, user))
+
+    def _forget_publication(self, id_: PublicationId) -> bool:
+        with self._index.transaction():
+            was_known = self._index.drop_publication(id_)
+        self._index.settle()
+        return was_known
 
     def _rotate(self) -> int:
         try:

@@ -1,8 +1,8 @@
 """The index: which record lies where in the slab, and the users' wrapped data keys, in one SQLite file.
 
 Rows are committed without waiting for the disk (synchronous=NORMAL): they outlive the process, and after the machine's
-death the youngest may be missing. Only what destroys or replaces a key waits. docs/disk-format.md has the tables, and
-what is written in which order.
+death the youngest may be missing. Only what destroys or replaces a key, or removes a publication, waits.
+docs/disk-format.md has the tables, and what is written in which order.
 """
 
 import os
@@ -16,9 +16,10 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from saltern.core.effects import RecordName
+from saltern.core.effects import RecordName, StoredPublication
 from saltern.core.extents import Extent, Run
 from saltern.core.keys import Key, UserId
+from saltern.core.messages import PublicationId
 from saltern.tiers.datakeys import KeyId, Owner
 from saltern.tiers.errors import DiskDamagedError, DiskError, DiskInUseError
 
@@ -40,6 +41,9 @@ _SCHEMA = (
     CREATE TABLE erased (
         tenant TEXT NOT NULL, user BLOB NOT NULL, for_good INTEGER NOT NULL, PRIMARY KEY (tenant, user)
     ) WITHOUT ROWID;
+    CREATE TABLE publication (
+        id BLOB NOT NULL UNIQUE, root BLOB NOT NULL, blocks INTEGER NOT NULL, label TEXT NOT NULL, keys BLOB NOT NULL
+    );
     INSERT INTO meta VALUES ('synced', 0), ('purge', 0);
     """,
 )
@@ -160,6 +164,16 @@ class Index:
             for tenant, user, for_good in self._database.execute(query)
         ]
 
+    def publications(self) -> list[StoredPublication]:
+        """Return what is published, the oldest first, as far as a row can be a publication."""
+        publications: list[StoredPublication] = []
+        query = "SELECT id, root, blocks, label, keys FROM publication ORDER BY rowid"
+        for id_, root, blocks, label, keys in self._database.execute(query):
+            with suppress(msgspec.MsgspecError, TypeError):
+                row = {"id": id_, "root": root, "blocks": blocks, "label": label, "keys": msgspec.msgpack.decode(keys)}
+                publications.append(msgspec.convert(row, StoredPublication, strict=True))
+        return publications
+
     def count_unsound(self) -> int:
         """Return how many rows, of records and of keys, can be none, as damage alone leaves them."""
         return self._value(f"SELECT count(*) FROM record WHERE ({_SOUND_RECORD}) IS NOT 1") + self._value(
@@ -208,6 +222,17 @@ class Index:
         """Note when records were used last, by the wall clock."""
         rows = [(when, name.tenant, name.user, name.key) for name, when in touched]
         self._database.executemany(f"UPDATE record SET touched = ? WHERE owner = ({_NUMBER}) AND key = ?", rows)
+
+    def put_publication(self, publication: StoredPublication) -> None:
+        """Know a publication, with the names of its blocks so far."""
+        id_, root, blocks, label, keys = msgspec.structs.astuple(publication)
+        change = "ON CONFLICT (id) DO UPDATE SET keys = excluded.keys"
+        values = (id_, root, blocks, label, msgspec.msgpack.encode(keys))
+        self._database.execute(f"INSERT INTO publication VALUES (?, ?, ?, ?, ?) {change}", values)
+
+    def drop_publication(self, id_: PublicationId) -> bool:
+        """Know a publication no more, and return whether it was known."""
+        return self._database.execute("DELETE FROM publication WHERE id = ?", (id_,)).rowcount > 0
 
     def set_synced(self, serial: int) -> None:
         """Note that all records up to this serial are on the platter."""
@@ -260,6 +285,10 @@ class Index:
         self._empty_log()
         with self.transaction():
             self._set("purge", 0)
+        self._empty_log()
+
+    def settle(self) -> None:
+        """Wait until all that was committed is on the platter. Raises OSError as well."""
         self._empty_log()
 
     def close(self) -> None:
