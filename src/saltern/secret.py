@@ -74,7 +74,7 @@ def read_private(path: Path, *, hint: str = "chmod 600 it") -> bytes:
 
 def write_private(path: Path, content: bytes, *, replace: bool = True) -> None:
     """Write a file of mode 0600, so that a reader finds all of it or what was there before. Raises OSError."""
-    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)  # of mode 0600
+    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=_unfinished(path))  # of mode 0600
     try:
         with os.fdopen(fd, "wb") as file:
             file.write(content)
@@ -92,3 +92,15 @@ def write_private(path: Path, content: bytes, *, replace: bool = True) -> None:
         os.fsync(folder)  # a rename that a crash undoes would bring back a revoked key
     finally:
         os.close(folder)
+
+
+def delete_unfinished(path: Path) -> None:
+    """Delete what a process that was killed while it wrote a private file has left beside it. Raises OSError."""
+    for left in path.parent.iterdir():
+        if left.name.startswith(_unfinished(path)):
+            left.unlink(missing_ok=True)
+
+
+def _unfinished(path: Path) -> str:
+    """Return what names of unfinished files begin with: nobody's copy of a key is called so."""
+    return f".{path.name}.tmp-"

@@ -160,6 +160,15 @@ def test_a_key_may_be_there_before_the_folder(tmp_path: Path) -> None:
     rig.tier.close()
 
 
+def test_a_start_deletes_unfinished_key_files_and_nobody_s_backups(rig: Rig) -> None:
+    backups = [rig.folder / f"deployment.key{end}" for end in ("_backup1", "20261129", ".tmp", "abcdefgh")]
+    for backup in backups:
+        shutil.copy(rig.key_path, backup)
+    (rig.folder / ".deployment.key.tmp-abcdefgh").write_text("ab" * 32)
+    rig.restart()
+    assert sorted(path for path in rig.folder.iterdir() if path.is_file()) == sorted([rig.key_path, *backups])
+
+
 # Destroying a data key
 
 

@@ -5,10 +5,8 @@ user is to destroy it. The file of the deployment's key has the form of a file o
 hexadecimal, the newest first, and a second one only while it is being replaced.
 """
 
-import re
 import secrets
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 from typing import NewType
@@ -101,14 +99,6 @@ def write_deployment_keys(path: Path, keys: tuple[bytes, ...]) -> None:
         write_signing_secrets(path, keys)
     except OSError as error:
         raise DiskError(f"the deployment key {path} can't be written: {error.strerror}") from None
-
-
-def delete_unfinished(path: Path) -> None:
-    """Delete what a process that was killed between writing a key file and giving it its name has left: keys."""
-    for left in path.parent.glob(f"{path.name}*"):
-        if re.fullmatch(r"[a-z0-9_]{8}", left.name.removeprefix(path.name)):
-            with suppress(OSError):
-                left.unlink()
 
 
 def _bound_to(owner: Owner, key_id: KeyId) -> bytes:

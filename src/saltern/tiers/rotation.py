@@ -8,10 +8,11 @@ key file: new      index: new          done
 """
 
 import logging
+from contextlib import suppress
 from pathlib import Path
 
+from saltern.secret import delete_unfinished
 from saltern.tiers.datakeys import (
-    delete_unfinished,
     deployment_name,
     make_deployment_key,
     new_deployment_key,
@@ -42,7 +43,8 @@ def open_index(folder: Path, key_path: Path) -> Index:
             with index.transaction():
                 index.set_keys(deployment_name(keys[0]), {})
         current_key(index, key_path)
-        delete_unfinished(key_path)  # now that nobody else is at it
+        with suppress(OSError):
+            delete_unfinished(key_path)  # now that nobody else is at it
         return index
     except INDEX_ERRORS as error:
         index.close()
