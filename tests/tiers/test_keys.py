@@ -262,6 +262,7 @@ def test_a_read_that_ends_after_its_user_was_erased_is_a_loss(rig: Rig, monkeypa
     rig.tier.destroy_keys("acme", FIRST.user, for_good=False)
     go_on.set()
     assert rig.next_event() == RecordLost(op, Loss.UNREADABLE)
+    assert not any(rig.was_read), "what was decrypted is still in the arena"
     assert isinstance(rig.read(names[1], slot_of(1)), RecordRead)
 
 

@@ -349,6 +349,8 @@ class DiskTier:
         if key is None or self._index_trouble.now:
             return self._tell(RecordNotWritten(work.op))
         try:
+                for piece in self._pieces(work.extent, work.length):
+                    piece[:] = bytes(len(piece))  # it was decrypted before its user was erased
             record = buffer.view(record_bytes(work.length))
             seal(work.name, key, secrets.token_bytes(NONCE_BYTES), self._pieces(work.extent, work.length), record)
             self._slab.write(work.slot, record)
