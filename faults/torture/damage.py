@@ -30,7 +30,7 @@ BLOCKS = 6
 """Of everybody's prompt."""
 
 INDEX_PAGE_BYTES = 4096
-SMALL_DISK = "size=24m"
+SMALL_DISK = "size=64m"
 FURTHER_PROMPT = PROMPTS - 1
 
 REGIONS = {
@@ -332,7 +332,7 @@ def deployment_key_replaced(scene: Scene) -> None:
 
 
 def disk_full(scene: Scene) -> None:
-    """The disk, a tmpfs of 24 MiB, is full while blocks are stored; what was there stays, what wasn't is skipped."""
+    """The disk, a tmpfs of 64 MiB, is full while blocks are stored; what was there stays, what wasn't is skipped."""
     ballast = scene.server.folder / "ballast"
     with suppress(OSError), ballast.open("wb", buffering=0) as file:
         while True:

@@ -30,6 +30,8 @@ from saltern.core.effects import (
 )
 from saltern.core.extents import Run
 from saltern.core.messages import PublicationId
+from saltern.tiers.check import check
+from saltern.tiers.disk import RESERVE_BYTES, DiskTier
 from saltern.tiers.errors import DiskError, DiskInUseError
 from tests.tiers.rig import (
     ARENA_PAGE_BYTES,
@@ -190,7 +192,8 @@ def test_a_name_with_no_room_in_a_record_is_not_written(rig: Rig) -> None:
 
 
 def test_a_full_disk_stores_nothing_and_keeps_what_it_has(caplog: pytest.LogCaptureFixture) -> None:
-    with small_filesystem("3m") as folder:
+    with small_filesystem("3m") as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DiskTier, "_has_room", lambda tier, work: True)
         rig = Rig(folder)
         rig.start()
         events = [rig.write(name_of(number), slot_of(number)) for number in range(30)]
@@ -206,18 +209,82 @@ def test_a_full_disk_stores_nothing_and_keeps_what_it_has(caplog: pytest.LogCapt
         rig.tier.close()
 
 
+def write_all(path: Path, *, leave_bytes: int = 0) -> None:
+    """Fill a filesystem but for so much."""
+    with path.open("wb", buffering=0) as file:
+        with suppress(OSError):
+            while file.write(bytes(4096)):
+                pass
+        os.ftruncate(file.fileno(), max(0, path.stat().st_size - leave_bytes))
+
+
+def test_a_disk_that_the_tier_has_filled_has_room_to_erase(caplog: pytest.LogCaptureFixture) -> None:
+    with small_filesystem("20m") as folder:
+        rig = Rig(folder)
+        rig.start()
+        events = [rig.write(name_of(number, user=number % 2), slot_of(number)) for number in range(40)]
+        written = [number for number, event in enumerate(events) if isinstance(event, RecordWritten)]
+        assert 3 < len(written) < 30
+        free = os.statvfs(folder)
+        assert free.f_bavail * free.f_frsize > RESERVE_BYTES
+        assert sum("is almost full" in record.message for record in caplog.records) == 1, "said for every block"
+        last = max(written)
+        assert isinstance(rig.write(name_of(last, user=last % 2), slot_of(last)), RecordWritten), "it takes no new room"
+        write_all(folder / "ballast", leave_bytes=RESERVE_BYTES // 2)
+        assert len(rig.tier.destroy_keys("acme", name_of(0).user, for_good=False)) == 1
+        assert {record.name for record in rig.restart().records} == {
+            name_of(number, user=1) for number in written if number % 2
+        }
+        rig.tier.close()
+
+
+@pytest.mark.parametrize("by", ["start", "repair"])
+def test_an_erasure_that_ran_out_of_room_is_ended_in_the_room_of_what_was_erased(by: str) -> None:
+    with small_filesystem("24m") as folder:
+        rig = Rig(folder)
+        rig.start()
+        names = rig.fill(6, users=2)
+        wrapped, _ = (key.wrapped for key in rig.tier._index.wrapped_keys())
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(rig.tier._index, "purge", out_of_room)
+            with pytest.raises(DiskError, match=r"No space .*: make room on its filesystem, and try again"):
+                rig.tier.destroy_keys("acme", NAME.user, for_good=False)
+        rig.tier.close()
+        write_all(folder / "ballast")
+        if by == "repair":
+            assert {finding.kind for finding in check(rig.data, rig.key_path, True).findings} == {"purge", "unnamed"}
+        assert [record.name for record in rig.start().records] == names[1::2]
+        assert wrapped[:12] not in rig.raw()
+        rig.tier.close()
+
+
+def out_of_room() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_start_without_any_room_says_what_to_do() -> None:
+    with small_filesystem("24m") as folder:
+        rig = Rig(folder)
+        rig.start()
+        rig.tier.close()
+        change_index(rig, "UPDATE meta SET value = 1 WHERE name = 'purge'")
+        write_all(folder / "ballast")
+        with pytest.raises(DiskError, match=r"full: make room on its filesystem, and try again"):
+            rig.open()
+        (folder / "ballast").unlink()
+        rig.start()
+        rig.tier.close()
+
+
 def test_an_index_that_has_no_room_holds_back_what_it_owes(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    with small_filesystem("6m") as folder:
+    with small_filesystem("24m") as folder:
         rig = Rig(folder)
         rig.start()
         rig.fill(3)
         rig.forget([name_of(2)])  # its pages have room, whatever else has none
         ballast = folder / "ballast"
-        with suppress(OSError), ballast.open("wb") as file:
-            while True:
-                file.write(bytes(4096))
-                file.flush()
+        write_all(ballast)
         # The log has room for some more rows. All go to the same pages, which a core would never have.
         events = (rig.write(name_of(number), slot_of(2)) for number in range(10, 1000))
         assert any(isinstance(event, RecordNotWritten) for event in events)

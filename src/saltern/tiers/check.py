@@ -15,7 +15,7 @@ from saltern.core.extents import Run, extent_pages
 from saltern.tiers.damage import Misplaced, Verifier, misplaced, sound_keys
 from saltern.tiers.datakeys import DataKey, Owner, read_deployment_keys
 from saltern.tiers.errors import DiskDamagedError, DiskError
-from saltern.tiers.index import INDEX_ERRORS, Index, Row
+from saltern.tiers.index import INDEX_ERRORS, Index, Row, disk_error
 from saltern.tiers.record import Header
 from saltern.tiers.rotation import current_key, finish_rotation, open_index
 from saltern.tiers.slab import PageBuffer, Slab
@@ -78,7 +78,7 @@ def check(folder: Path, key_path: Path, repair: bool) -> Report:
         finally:
             slab.close()
     except (OSError, *INDEX_ERRORS) as error:
-        raise DiskError(f"{folder}: {error}") from None
+        raise disk_error(folder, error) from None
     finally:
         index.close()
 
@@ -99,13 +99,14 @@ class _Check:
         whole = [row for row in rows if row.serial not in wrong]
         unnamed = list(self._check_slab(whole))
         if repair:
+            # First, since all that follows needs room. What else names these pages is dropped.
+            for run in unnamed:
+                self._slab.give_back(run)
             with self._index.transaction():
                 self._index.drop_damaged(bad_keys)
                 self._index.forget(row.name for row in rows if row.serial in wrong)
                 self._index.drop_unused_keys()
             finish_rotation(self._index, self._key_path)
-            for run in unnamed:
-                self._slab.give_back(run)
         return Report(tuple(self._findings), _usage(whole), repair)
 
     def _check_keys_file(self) -> None:
@@ -141,10 +142,9 @@ class _Check:
 
     def _check_slab(self, rows: list[Row]) -> Iterator[Run]:
         """Find what lies in the slab and belongs to none of these rows, and yield its pages."""
-        named = [run for row in rows for run in row.slot]
         headers = pages = 0
         buffer = PageBuffer()
-        for run in _less(self._slab.written(), named):
+        for run in self._slab.unnamed(row.slot for row in rows):
             pages += run.count
             for start in range(run.start, run.start + run.count, _READ_PAGES):
                 part = Run(start=start, count=min(_READ_PAGES, run.start + run.count - start))
@@ -192,23 +192,6 @@ def _usage(rows: Iterable[Row]) -> tuple[Usage, ...]:
         Usage(tenant, user.hex(), records[tenant, user], count * DISK_PAGE_BYTES)
         for (tenant, user), count in sorted(pages.items())
     )
-
-
-def _less(runs: Iterable[Run], named: Iterable[Run]) -> Iterator[Run]:
-    """Yield what of `runs`, which are in order, none of `named` covers."""
-    rest = iter(sorted((run.start, run.start + run.count) for run in named))
-    start, end = next(rest, _NOWHERE)
-    for run in runs:
-        place, run_end = run.start, run.start + run.count
-        while place < run_end:
-            while end <= place:
-                start, end = next(rest, _NOWHERE)
-            if place < start:
-                yield Run(start=place, count=min(start, run_end) - place)
-            place = end
-
-
-_NOWHERE = (1 << 62, 1 << 62)
 
 
 def _count_headers(slab: Slab, run: Run, buffer: memoryview) -> int:

@@ -50,7 +50,7 @@ from saltern.core.messages import PublicationId
 from saltern.tiers.damage import Verifier, misplaced, sound_keys
 from saltern.tiers.datakeys import DataKey, KeyId, Keyring, Owner, wrap
 from saltern.tiers.errors import DiskError
-from saltern.tiers.index import INDEX_ERRORS, Erasure, Row
+from saltern.tiers.index import INDEX_ERRORS, Erasure, Row, disk_error, is_out_of_room
 from saltern.tiers.record import NONCE_BYTES, pieces, record_bytes, seal, unseal
 from saltern.tiers.rotation import current_key, finish_rotation, open_index, rotate
 from saltern.tiers.slab import PageBuffer, Slab
@@ -69,6 +69,9 @@ SYNC_BYTES = 1 << 30
 
 BATCH_MAX = 1024
 """Changes of the index in one commit at most."""
+
+RESERVE_BYTES = 16 << 20
+"""Left free on the filesystem besides twice the index: for its log, and for what else lies beside the slab."""
 
 RETRY_SECONDS = 1.0
 """How long an index that can't be written is left alone."""
@@ -148,11 +151,15 @@ class DiskTier:
             raise DiskError(f"{folder}: {error.strerror}") from None
         self._index = open_index(folder, key_path)
         try:
-            self._deployment_key, _ = finish_rotation(self._index, key_path)
             self._slab = Slab(folder / "slab")
+            try:
+                self._deployment_key = self._finish_rotation()
+            except BaseException:
+                self._slab.close()
+                raise
         except (OSError, *INDEX_ERRORS) as error:
             self._index.close()
-            raise DiskError(f"{folder}: {error}") from None
+            raise disk_error(folder, error) from None
         except DiskError:
             self._index.close()
             raise
@@ -172,6 +179,9 @@ class DiskTier:
         self._sync = Flag()
         self._calling = Lock()  # so that whoever waits for the index thread has asked before it was told to end
         self._closing = self._abandoning = False
+        self._room_trouble = _Trouble(
+            f"the filesystem of {self._slab.path} is almost full, so that nothing new is stored but in room that it has"
+        )
         self._slab_trouble = _Trouble(f"{self._slab.path} can't be written, so that nothing new is stored")
         self._index_trouble = _Trouble(f"{self._index.path} can't be written, so that nothing new is stored")
         self._io_threads = [
@@ -188,7 +198,7 @@ class DiskTier:
         try:
             return self._restore(now)
         except (OSError, *INDEX_ERRORS) as error:
-            raise DiskError(f"{self._index.path.parent}: {error}") from None
+            raise disk_error(self._index.path.parent, error) from None
 
     def start(self) -> None:
         """Begin to carry out what `perform` is given."""
@@ -269,6 +279,18 @@ class DiskTier:
 
     # A start
 
+    def _finish_rotation(self) -> bytes:
+        """Finish what was interrupted that destroys or replaces keys; return the deployment key."""
+        try:
+            return finish_rotation(self._index, self._key_path)[0]
+        except (OSError, *INDEX_ERRORS) as error:
+            if not is_out_of_room(error):
+                raise
+            # What was erased may itself be what takes the room.
+            for run in self._slab.unnamed(row.slot for row in self._index.rows()):
+                self._slab.give_back(run)
+            return finish_rotation(self._index, self._key_path)[0]
+
     def _restore(self, now: float) -> Restored:
         index, verifier = self._index, Verifier(self._slab)
         erased = index.erased()
@@ -327,6 +349,8 @@ class DiskTier:
         with self._keyring.lock:
             if loss is None and not self._keyring.allows(work.op, _owner(work.name)):
                 loss = Loss.UNREADABLE
+                for piece in self._pieces(work.extent, work.length):
+                    piece[:] = bytes(len(piece))  # it was decrypted before its user was erased
             if loss is None:
                 self._tell(RecordRead(work.op, time.monotonic() - began))
             else:
@@ -349,8 +373,8 @@ class DiskTier:
         if key is None or self._index_trouble.now:
             return self._tell(RecordNotWritten(work.op))
         try:
-                for piece in self._pieces(work.extent, work.length):
-                    piece[:] = bytes(len(piece))  # it was decrypted before its user was erased
+            if not self._has_room(work):
+                return self._tell(RecordNotWritten(work.op))
             record = buffer.view(record_bytes(work.length))
             seal(work.name, key, secrets.token_bytes(NONCE_BYTES), self._pieces(work.extent, work.length), record)
             self._slab.write(work.slot, record)
@@ -359,6 +383,16 @@ class DiskTier:
             return self._tell(RecordNotWritten(work.op))
         self._slab_trouble.ends()
         return self._changes.put(_Written(work, key))
+
+    def _has_room(self, work: WriteRecord) -> bool:
+        """Return whether a record leaves the filesystem the room that erasing needs. Raises OSError."""
+        free_bytes = self._slab.free_bytes
+        kept_bytes = RESERVE_BYTES + 2 * self._index.path.stat().st_size  # the whole index is written anew
+        if free_bytes >= kept_bytes + record_bytes(work.length):
+            self._room_trouble.ends()
+            return True
+        self._room_trouble.begins(f"{free_bytes} bytes are free, {kept_bytes} are kept so that users can be erased")
+        return self._slab.has_room_for(work.slot)
 
     def _pieces(self, extent: Extent, length: int) -> list[memoryview]:
         return list(pieces(self._arena, extent, page_bytes=self._page_bytes, length=length))
@@ -458,7 +492,7 @@ class DiskTier:
                 self._changes.put(_Call(lambda: _answer(answer, function)))
             return answer.result()
         except (OSError, *INDEX_ERRORS) as error:
-            raise DiskError(f"{self._index.path}: {error}") from None
+            raise disk_error(self._index.path, error) from None
 
     def _destroy(self, tenant: str, user: UserId | None, *, for_good: bool) -> list[KeyId]:
         owners = self._keyring.owners(tenant) if user is None else [(tenant, user)]
@@ -529,7 +563,7 @@ class _Trouble:
         self._what = what
         self.now = False
 
-    def begins(self, error: Exception) -> None:
+    def begins(self, error: Exception | str) -> None:
         """Note that it failed."""
         if not self.now:
             self.now = True

@@ -5,6 +5,7 @@ death the youngest may be missing. Only what destroys or replaces a key, or remo
 docs/disk-format.md has the tables, and what is written in which order.
 """
 
+import errno
 import os
 import sqlite3
 import stat
@@ -50,6 +51,8 @@ _SCHEMA = (
 
 INDEX_ERRORS = (sqlite3.Error, UnicodeError)
 """What using a database may raise: the second where its damage is in the error's own text."""
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 _NUMBER = "SELECT owner FROM data_key WHERE tenant = ? AND user = ?"
 _KEY = "SELECT owner, id FROM data_key WHERE tenant = ? AND user = ?"
@@ -339,6 +342,17 @@ class Index:
 
     def _value(self, query: str) -> int:
         return int(self._database.execute(query).fetchone()[0])
+
+
+def is_out_of_room(error: Exception) -> bool:
+    """Return whether something failed because the disk is full."""
+    return getattr(error, "errno", None) in _NO_ROOM or getattr(error, "sqlite_errorname", "") == "SQLITE_FULL"
+
+
+def disk_error(path: Path, error: Exception) -> DiskError:
+    """Return what to raise for an error of the system or the database, with advice where there is any."""
+    advice = ": make room on its filesystem, and try again" if is_out_of_room(error) else ""
+    return DiskError(f"{path}: {error}{advice}")
 
 
 def _slot(packed: bytes) -> Extent:

@@ -22,7 +22,7 @@ from saltern.tiers.datakeys import (
     write_deployment_keys,
 )
 from saltern.tiers.errors import DiskError
-from saltern.tiers.index import INDEX_ERRORS, Index
+from saltern.tiers.index import INDEX_ERRORS, Index, disk_error
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def open_index(folder: Path, key_path: Path) -> Index:
         return index
     except INDEX_ERRORS as error:
         index.close()
-        raise DiskError(f"{path}: {error}") from None
+        raise disk_error(path, error) from None
     except DiskError:
         index.close()
         raise

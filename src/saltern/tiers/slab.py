@@ -4,7 +4,7 @@ import ctypes
 import errno
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from saltern.core.disk import DISK_PAGE_BYTES
@@ -61,6 +61,30 @@ class Slab:
             while part:
                 count = os.pwritev(self._fd, [part], place)
                 part, place = part[count:], place + count
+
+    @property
+    def free_bytes(self) -> int:
+        """Return how much room the filesystem has for whoever isn't root. Raises OSError."""
+        status = os.fstatvfs(self._fd)
+        return status.f_bavail * status.f_frsize
+
+    def has_room_for(self, slot: Extent) -> bool:
+        """Return whether the pages of a slot take room on the disk already. Raises OSError."""
+        ends = ((run.start * DISK_PAGE_BYTES, (run.start + run.count) * DISK_PAGE_BYTES) for run in slot)
+        return all(os.lseek(self._fd, start, os.SEEK_HOLE) >= end for start, end in ends)
+
+    def unnamed(self, slots: Iterable[Extent]) -> Iterator[Run]:
+        """Yield the pages that take room on the disk and are in none of these slots, in order. Raises OSError."""
+        rest = iter(sorted((run.start, run.start + run.count) for slot in slots for run in slot))
+        start, end = next(rest, _NOWHERE)
+        for run in self.written():
+            place, run_end = run.start, run.start + run.count
+            while place < run_end:
+                while end <= place:
+                    start, end = next(rest, _NOWHERE)
+                if place < start:
+                    yield Run(start=place, count=min(start, run_end) - place)
+                place = end
 
     def written(self) -> Iterator[Run]:
         """Yield the pages that take room on the disk, in order. Raises OSError."""
@@ -124,3 +148,5 @@ class PageBuffer:
 _fallocate = ctypes.CDLL(None, use_errno=True).fallocate
 _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong)
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2
+
+_NOWHERE = (1 << 62, 1 << 62)
