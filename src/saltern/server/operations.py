@@ -56,7 +56,7 @@ from saltern.operations import (
 )
 from saltern.publishing import sign_mark
 from saltern.secret import next_signing_secrets, read_signing_secrets, write_signing_secrets
-from saltern.server.erasure import Erasure, Secrets, resolve, who
+from saltern.server.erasure import Erasure, Secrets, Whom, resolve, who
 from saltern.server.store import Store, StoreError
 from saltern.server.tenancy import Layers
 from saltern.sizes import format_size
@@ -109,7 +109,10 @@ class Subject(Protocol):
         """Return whether nothing is ever stored for a user again."""
 
     def erase(self, tenant: str, user: UserId | None, *, for_good: bool) -> Erasure:
-        """Forget a user, or with None all users of a tenant. Raises `OperationError`: ask again."""
+        """Forget a user, or with None all users of a tenant.
+
+        Raises `OperationError` after as much as can be done: ask again, until then nobody `is_erased_for_good`.
+        """
 
     def rotate_key(self) -> int:
         """Replace the deployment key, and return how many data keys it wraps. Raises `OperationError`."""
@@ -327,9 +330,7 @@ class Operations:
                     begin_anew(secrets.epochs_path, whom.tenant, whom.tag)
                 except (OSError, ValueError) as error:
                     raise OperationError(f"nothing was erased: {_reason(error)}") from None
-            erasure = Erasure()
-            for user in (None,) if whom.users is None else whom.users:
-                erasure = erasure.plus(self._subject.erase(whom.tenant, user, for_good=whom.for_good))
+            erasure = self._erase_all(whom)
         try:
             line = self._note("erased", erasure.details(whom))
         except OperationError as error:
@@ -340,6 +341,18 @@ class Operations:
             *(format_size(erasure.disk_bytes), len(erasure.keys)),
         )
         return UserErased(line.text, whom.may_be_in_vllm, self._subject.engines())
+
+    def _erase_all(self, whom: Whom) -> Erasure:
+        """Erase all who are meant, also where one of them fails. Raises `OperationError`."""
+        erasure, failure = Erasure(), None
+        for user in (None,) if whom.users is None else whom.users:
+            try:
+                erasure = erasure.plus(self._subject.erase(whom.tenant, user, for_good=whom.for_good))
+            except OperationError as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
+        return erasure
 
     def _rotate_key(self) -> KeyRotated:
         if self._secrets is None:

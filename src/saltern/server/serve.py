@@ -180,6 +180,7 @@ class _Running:
         self._cache = cache
         self._disk = disk
         self._disk_path = disk_path
+        self._unfinished: set[tuple[str, UserId | None]] = set()  # who is forgotten, with a key that may be there
 
     def why_not(self, layers: Layers) -> str | None:
         return self._call(lambda: why_not(self._cache, layers))
@@ -215,6 +216,8 @@ class _Running:
             raise OperationError(f"it is removed, and may be back after a restart: {error}; remove it again") from None
 
     def is_erased_for_good(self, tenant: str, user: UserId) -> bool:
+        if not self._unfinished.isdisjoint({(tenant, user), (tenant, None)}):
+            return False  # what is left of it is for the next erasure
         return self._call(lambda: self._cache.is_erased_for_good(tenant, user))
 
     def erase(self, tenant: str, user: UserId | None, *, for_good: bool) -> Erasure:
@@ -229,16 +232,27 @@ class _Running:
                 " give disk.size a size again, or delete that folder"
             )
         keys: list[KeyId] = []
-        try:
-            if self._disk is not None:
+        failure: DiskError | None = None
+        self._unfinished.add((tenant, user))
+        if self._disk is not None:
+            try:
                 keys = self._disk.destroy_keys(tenant, user, for_good=for_good)
+            except DiskError as error:
+                failure = error
+        try:
             stats, last_op = self._call(forget)
-            if self._disk is not None:
-                self._disk.allow(tenant, user, last_op)
-        except (DiskError, OperationError) as error:
+        except OperationError as error:
             raise OperationError(
                 f"data keys may be destroyed, and nothing else was erased: {error}; erase again"
             ) from None
+        if failure is not None:
+            raise OperationError(
+                f"it is found no more, in memory or on disk, but may be again after a restart, since its data keys may"
+                f" still be on the disk: {failure}; erase again"
+            )
+        if self._disk is not None:
+            self._disk.allow(tenant, user, last_op)
+        self._unfinished.discard((tenant, user))
         return Erasure(stats.users, stats.ram_bytes, stats.leased_bytes, stats.disk_bytes, tuple(keys))
 
     @property
