@@ -540,6 +540,9 @@ class Noted:
     def forget_publication(self, publication: PublicationId) -> bool:
         return False
 
+    def users(self, tenant: str) -> tuple[UserId, ...]:
+        return ()
+
     def is_erased_for_good(self, tenant: str, user: UserId) -> bool:
         return False
 

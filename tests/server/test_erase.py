@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -31,7 +32,7 @@ from saltern.operations import Erase, Failed, KeyRotated, RotateKey, UserErased
 from saltern.secret import make_signing_secrets, read_secret, read_signing_secrets
 from saltern.server.erasure import Erasure, Secrets
 from saltern.server.operations import Holding, OperationError, Operations
-from saltern.server.store import Store
+from saltern.server.store import Store, StoreError
 from saltern.server.tenancy import Layers
 from saltern.signing import Signed, sign, user_tag
 from tests.server.test_admin import ask, audited
@@ -355,6 +356,39 @@ def test_a_server_killed_while_it_erases_leaves_all_or_nothing_and_the_next_eras
                 assert not load(engine, "alice", 8)
 
 
+def test_who_was_erased_stays_so_without_the_disk_that_it_was_erased_from() -> None:
+    with serving_disk() as server:
+        before = time.monotonic()
+        alice, bob, carol = (signed_id(server, "acme", "alice", 0), user("bob"), signed_id(server, "umbrella", "c", 0))
+        with engine_at(server.path) as engine:
+            for id_, tenant in ((alice, "acme"), (carol, "umbrella")):
+                assert store_as(engine, id_, 2, tenant=tenant, began_at=before) is None
+            written(server, 4)
+            erase(server, "acme", user_name="alice")
+            erase(server, user=bob)
+            erase(server, "umbrella")
+
+        def is_known() -> None:
+            with engine_at(server.path) as engine:
+                for id_, tenant in ((alice, "acme"), (carol, "umbrella")):
+                    assert store_as(engine, id_, 2, tenant=tenant, began_at=time.monotonic()) is Refusal.ERASED
+                assert store_as(engine, bob, 2, tenant="default", began_at=before) is Refusal.ERASED
+                assert store_as(engine, user("dave"), 2, tenant="umbrella", began_at=before) is Refusal.ERASED
+                assert store_as(engine, bob, 2, tenant="default", began_at=time.monotonic()) is None
+
+        server.kill()
+        shutil.rmtree(server.folder / "state/disk")
+        server.start()
+        is_known()
+        server.stop()
+        settings = server.folder / "saltern.toml"
+        text = settings.read_text(encoding="utf-8")
+        settings.write_text(text.replace('[disk]\nsize = "64 MiB"', "[disk]\nsize = 0"), encoding="utf-8")
+        shutil.rmtree(server.folder / "state/disk")
+        server.start()
+        is_known()
+
+
 # What fails halfway
 
 
@@ -403,6 +437,9 @@ class Faulty:
 
     def forget_publication(self, publication: PublicationId) -> bool:
         return False
+
+    def users(self, tenant: str) -> tuple[UserId, ...]:
+        return (user("known"),)
 
     def is_erased_for_good(self, tenant: str, user: UserId) -> bool:
         return (tenant, user, True) in self.erased
@@ -464,6 +501,34 @@ class Full(AuditLog):
             raise AuditError("no room")
         self.lines -= 1
         return super().append(what, details, by=by)
+
+
+def test_who_is_erased_is_written_down_before_any_key_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = Faulty(failures=1)
+    operations = operations_on(tmp_path, subject)
+    assert isinstance(operations.answer(Erase("acme", user_name="alice"), by="uid 7"), Failed)
+    assert isinstance(operations.answer(Erase("umbrella"), by="uid 7"), UserErased)
+    assert isinstance(operations.answer(Erase("default"), by="uid 7"), UserErased)
+    operations._store.close()
+    store = Store(tmp_path / "saltern.db")
+    assert set(store.erased) == {
+        ("acme", id_at(0), True),
+        ("umbrella", None, False),
+        ("umbrella", user("known"), True),
+        ("default", None, False),
+    }
+    store.close()
+    operations = operations_on(tmp_path, subject)
+    monkeypatch.setattr(Store, "note_erased", unwritten)
+    erased = list(subject.erased)
+    assert operations.answer(Erase("acme", user=bytes(16)), by="uid 7") == Failed(
+        "nothing was erased: no room; erase again"
+    )
+    assert subject.erased == erased
+
+
+def unwritten(store: Store, erased: object) -> None:
+    raise StoreError("no room")
 
 
 def test_an_erasure_that_can_not_be_written_down_says_that_it_is_one(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from saltern.core.keys import UserId
 from saltern.operations import PlanSettings, TenantSettings
 from saltern.server.store import Store, StoreError
 from tests.support import PATIENCE_SECONDS
@@ -42,6 +43,17 @@ def test_what_was_written_is_read_with_all_three_states_of_a_setting(tmp_path: P
     store = Store(tmp_path / "saltern.db")
     assert store.tenants == {"beta": TenantSettings()}
     assert not store.plans
+    store.close()
+
+
+def test_who_was_erased_is_known_and_for_good_stays_so(tmp_path: Path) -> None:
+    store = Store(tmp_path / "saltern.db")
+    alice, bob = UserId(b"a" * 16), UserId(b"b" * 16)
+    store.note_erased([("acme", None, False), ("acme", alice, True), ("acme", bob, False)])
+    store.note_erased([("acme", alice, False)])
+    store.close()
+    store = Store(tmp_path / "saltern.db")
+    assert set(store.erased) == {("acme", None, False), ("acme", alice, True), ("acme", bob, False)}
     store.close()
 
 
@@ -109,6 +121,7 @@ def test_a_failed_write_changes_nothing(tmp_path: Path) -> None:
         (["UPDATE tenant SET settings = '{\"limit\": -1}'"], "damaged (tenant 'acme': "),
         (["UPDATE tenant SET settings = '{\"lim\": 1}'"], "damaged (tenant 'acme': "),
         (["UPDATE tenant SET settings = x'ff'"], "damaged (tenant 'acme': "),
+        (["INSERT INTO erased VALUES ('acme', x'00', 1)"], "damaged (who was erased): "),
         (["DROP TABLE plan"], "no such table"),
     ],
 )  # fmt: skip

@@ -21,6 +21,7 @@ from saltern.core.effects import (
 )
 from saltern.core.extents import Extent, Run
 from saltern.core.keys import Key, UserId
+from saltern.tiers.datakeys import Owner
 from saltern.tiers.disk import DiskTier, Restored
 
 ARENA_PAGE_BYTES = 65_536
@@ -78,16 +79,16 @@ class Rig:
         )
         return self.tier
 
-    def start(self) -> Restored:
-        """Open, restore and start the tier."""
-        restored = self.open().restore(self.now)
+    def start(self, erased: Sequence[Owner] = ()) -> Restored:
+        """Open, restore and start the tier, with these erased for good."""
+        restored = self.open().restore(self.now, erased)
         self.tier.start()
         return restored
 
-    def restart(self) -> Restored:
+    def restart(self, erased: Sequence[Owner] = ()) -> Restored:
         """Close the tier and start another one."""
         self.tier.close()
-        return self.start()
+        return self.start(erased)
 
     def next_event(self) -> Event:
         """Wait for what the tier tells next."""

@@ -213,13 +213,11 @@ def test_an_erased_user_has_nothing_and_others_have_all(rig: Rig) -> None:
     for number, name in enumerate(names):
         event = rig.read(name, slot_of(number))
         assert event == RecordLost(rig.op, Loss.UNREADABLE) if number % 3 == 0 else isinstance(event, RecordRead)
-    restored = rig.restart()
-    assert [record.name for record in restored.records] == [name for name in names if name.user != FIRST.user]
-    assert restored.erased == [("acme", FIRST.user, False)]
+    assert [record.name for record in rig.restart().records] == [name for name in names if name.user != FIRST.user]
 
 
 def test_a_whole_tenant_can_be_erased(rig: Rig) -> None:
-    names = rig.fill(6, users=3)
+    rig.fill(6, users=3)
     other = name_of(9, tenant="other")
     rig.write(other, slot_of(9))
     assert len(set(rig.tier.destroy_keys("acme", None, for_good=True))) == 3
@@ -229,9 +227,7 @@ def test_a_whole_tenant_can_be_erased(rig: Rig) -> None:
     rig.tier.allow("acme", None, after=rig.op)
     assert isinstance(rig.write(name_of(8, user=8), slot_of(7)), RecordWritten)
     assert isinstance(rig.write(FIRST, slot_of(0)), RecordNotWritten), "erased for good"
-    restored = rig.restart()
-    assert {record.name for record in restored.records} == {other, name_of(8, user=8)}
-    assert set(restored.erased) == {("acme", None, False), *(("acme", name.user, True) for name in names)}
+    assert {record.name for record in rig.restart().records} == {other, name_of(8, user=8)}
 
 
 def test_what_was_begun_before_an_erasure_does_not_succeed_after_it(rig: Rig) -> None:
@@ -320,13 +316,25 @@ def test_whoever_asks_at_the_end_is_answered(tmp_path: Path) -> None:
         rig.tier.rotate_key()
 
 
-def test_erased_for_good_outlives_restarts(rig: Rig) -> None:
+def test_erased_for_good_has_no_key_any_more(rig: Rig) -> None:
     rig.fill(1)
     rig.tier.destroy_keys("acme", FIRST.user, for_good=True)
-    rig.tier.destroy_keys("acme", FIRST.user, for_good=False)
-    for _ in range(2):
-        assert rig.restart().erased == [("acme", FIRST.user, True)]
-        assert isinstance(rig.write(FIRST, slot_of(0)), RecordNotWritten)
+    rig.tier.allow("acme", FIRST.user, after=rig.op)
+    assert isinstance(rig.write(FIRST, slot_of(0)), RecordNotWritten)
+    rig.restart([("acme", FIRST.user)])
+    assert isinstance(rig.write(FIRST, slot_of(0)), RecordNotWritten)
+    assert isinstance(rig.write(SECOND, slot_of(1)), RecordWritten)
+
+
+def test_a_start_destroys_the_keys_of_who_is_erased_for_good(rig: Rig) -> None:
+    names = rig.fill(6, users=3)
+    wrapped, other, _ = wrapped_keys(rig)
+    gone = [("acme", FIRST.user), ("acme", name_of(9, user=9).user), ("other", SECOND.user)]
+    restored = rig.restart(gone)
+    assert [record.name for record in restored.records] == [name for name in names if name.user != FIRST.user]
+    assert restored.dropped == 0
+    assert not traces(wrapped, rig.raw())
+    assert traces(other, rig.raw())
 
 
 def test_erasing_one_who_has_nothing_destroys_nothing(rig: Rig) -> None:
@@ -434,7 +442,7 @@ def test_an_erasure_that_was_interrupted_anywhere_is_all_or_nothing(rig: Rig) ->
     outcomes = []
     for done, where in survivors(rig, "erasing"):
         restored = rig.start()
-        erased = restored.erased == [("acme", FIRST.user, True)]
+        erased = all(record.name.user != FIRST.user for record in restored.records)
         assert erased or not done
         kept = [name for name in names if not erased or name.user != FIRST.user]
         assert [record.name for record in restored.records] == kept, where

@@ -27,7 +27,7 @@ import signal
 import socket
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from enum import Enum
@@ -57,6 +57,7 @@ from saltern.core.messages import Refused, Reply, Request, WorkerHello
 from saltern.server.arena import Arena
 from saltern.server.listener import Listener, Peer
 from saltern.server.logs import log_decision
+from saltern.server.store import Erased
 from saltern.tiers.disk import DiskTier, Restored
 from saltern.wire import FRAME_BYTES_MAX, ProtocolError, encode, server_wire
 
@@ -199,17 +200,18 @@ class Loop:
         self._told.append(event)
         self._wake()
 
-    def use_disk(self, disk: DiskTier) -> Restored:
+    def use_disk(self, disk: DiskTier, erased: Sequence[Erased]) -> Restored:
         """Take up what is on the disk, before `run()`, and have the disk tier do what the cache asks of the disk.
 
-        Returns what was found. Raises `DiskError`.
+        `erased` names whom earlier servers have erased. Returns what was found. Raises `DiskError`.
         """
         assert self._disk is None, "there is one disk tier"
         now = time.monotonic()
         gc.disable()  # 100,000 records take half as long without collections, which find nothing
         try:
-            restored = disk.restore(now)
-            effects = self._cache.restore(restored.records, restored.erased, now, restored.publications)
+            gone = [(tenant, user) for tenant, user, for_good in erased if user is not None and for_good]
+            restored = disk.restore(now, gone)
+            effects = self._cache.restore(restored.records, erased, now, restored.publications)
         finally:
             gc.enable()
         self._disk, self._touched_at = disk, now + TOUCHED_SECONDS

@@ -52,6 +52,9 @@ class _Nobody:
     def forget_publication(self, publication: PublicationId) -> bool:
         return False
 
+    def users(self, tenant: str) -> frozenset[UserId]:
+        return frozenset()
+
     def is_erased_for_good(self, tenant: str, user: UserId) -> bool:
         return False
 

@@ -8,7 +8,7 @@ of something that a crash prevented, but never a change without a line.
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from secrets import token_bytes
 from threading import Lock
@@ -57,7 +57,7 @@ from saltern.operations import (
 from saltern.publishing import sign_mark
 from saltern.secret import next_signing_secrets, read_signing_secrets, write_signing_secrets
 from saltern.server.erasure import Erasure, Secrets, Whom, resolve, who
-from saltern.server.store import Store, StoreError
+from saltern.server.store import Erased, Store, StoreError
 from saltern.server.tenancy import Layers
 from saltern.sizes import format_size
 
@@ -104,6 +104,9 @@ class Subject(Protocol):
 
         Raises `OperationError`.
         """
+
+    def users(self, tenant: str) -> Collection[UserId]:
+        """Return which users of a tenant hold something."""
 
     def is_erased_for_good(self, tenant: str, user: UserId) -> bool:
         """Return whether nothing is ever stored for a user again."""
@@ -330,6 +333,11 @@ class Operations:
                     begin_anew(secrets.epochs_path, whom.tenant, whom.tag)
                 except (OSError, ValueError) as error:
                     raise OperationError(f"nothing was erased: {_reason(error)}") from None
+            try:
+                # Before any key goes: a server that is killed now destroys it when it starts again.
+                self._store.note_erased(self._erased(whom))
+            except StoreError as error:
+                raise OperationError(f"nothing was erased: {error}; erase again") from None
             erasure = self._erase_all(whom)
         try:
             line = self._note("erased", erasure.details(whom))
@@ -341,6 +349,13 @@ class Operations:
             *(format_size(erasure.disk_bytes), len(erasure.keys)),
         )
         return UserErased(line.text, whom.may_be_in_vllm, self._subject.engines())
+
+    def _erased(self, whom: Whom) -> list[Erased]:
+        """Return what the next server must know."""
+        if whom.users is not None:
+            return [(whom.tenant, user, whom.for_good) for user in whom.users]
+        known = self._subject.users(whom.tenant) if whom.for_good else ()
+        return [(whom.tenant, None, False), *((whom.tenant, user, True) for user in known)]
 
     def _erase_all(self, whom: Whom) -> Erasure:
         """Erase all who are meant, also where one of them fails. Raises `OperationError`."""

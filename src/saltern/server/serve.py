@@ -99,7 +99,11 @@ def _prepare(config: Config, stack: ExitStack) -> Loop:
         connections_max=settings.connections_max,
     )
     loop.handle(*layers.all_set())
-    disk = _start_disk(config, loop, arena, stack) if config.disk.size else None
+    disk = None
+    if config.disk.size:
+        disk = _start_disk(config, loop, arena, store, stack)
+    else:
+        cache.restore((), store.erased, time.monotonic())
     loop.stop_on_signals()
     if config.arena.prefault:
         arena.prefault()
@@ -124,7 +128,7 @@ def _check_tenants(cache: Cache, layers: Layers, store: Store) -> None:
         )
 
 
-def _start_disk(config: Config, loop: Loop, arena: Arena, stack: ExitStack) -> DiskTier:
+def _start_disk(config: Config, loop: Loop, arena: Arena, store: Store, stack: ExitStack) -> DiskTier:
     """Open the disk tier, and have the loop take up what is there. Raises `DiskError`."""
     started = time.monotonic()
     disk = DiskTier(
@@ -137,7 +141,7 @@ def _start_disk(config: Config, loop: Loop, arena: Arena, stack: ExitStack) -> D
         wall_clock=time.time,
     )
     stack.callback(disk.close)
-    restored = loop.use_disk(disk)
+    restored = loop.use_disk(disk, store.erased)
     log.info(
         "disk tier of %s in %s: %d blocks are there, %d were damaged and %d not written whole, in %.1f s",
         *(format_size(config.disk.size), config.disk_path, len(restored.records), restored.dropped, restored.torn),
@@ -214,6 +218,13 @@ class _Running:
             return self._disk is not None and self._disk.forget_publication(publication)
         except DiskError as error:
             raise OperationError(f"it is removed, and may be back after a restart: {error}; remove it again") from None
+
+    def users(self, tenant: str) -> frozenset[UserId]:
+        def known() -> frozenset[UserId]:
+            owners = (self._cache.tenant_by_name.get(tenant), self._cache.disk.shares.tenant_by_name.get(tenant))
+            return frozenset(id_ for owner in owners if owner is not None for id_ in owner.user_by_id)
+
+        return self._call(known)
 
     def is_erased_for_good(self, tenant: str, user: UserId) -> bool:
         if not self._unfinished.isdisjoint({(tenant, user), (tenant, None)}):

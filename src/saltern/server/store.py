@@ -1,6 +1,9 @@
-"""The store: what operators set at run time, in one SQLite file below the state folder.
+"""The store: what operators set at run time, and whom they erased, in one SQLite file below the state folder.
 
-Each row is one tenant or plan with its settings as JSON, since every setting has three states (unset, none, a value).
+Each row is one tenant or plan with its settings as JSON, since every setting has three states (unset, none, a value);
+or who was erased. That is here, not on the disk tier, which may be turned off or begun anew: whoever was erased for
+good stays so.
+
 Writing waits for the disk (synchronous=FULL): whoever was answered finds the setting again after a crash. So it is
 never done on the loop's thread. The file is locked for as long as the server runs: two servers with one file would
 each overwrite what the other believes.
@@ -9,13 +12,14 @@ each overwrite what the other believes.
 import os
 import sqlite3
 import stat
-from collections.abc import Mapping
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 
+from saltern.core.keys import USER_ID_BYTES, UserId
 from saltern.operations import PlanSettings, TenantSettings
 
 _APPLICATION_ID = 0x53414C54  # "SALT"; SQLite keeps it in the file's header
@@ -25,10 +29,17 @@ _SCHEMA = (
     """
     CREATE TABLE tenant (name TEXT PRIMARY KEY NOT NULL, settings TEXT NOT NULL) WITHOUT ROWID;
     CREATE TABLE plan (name TEXT PRIMARY KEY NOT NULL, settings TEXT NOT NULL) WITHOUT ROWID;
+    CREATE TABLE erased (
+        tenant TEXT NOT NULL, user BLOB NOT NULL, for_good INTEGER NOT NULL, PRIMARY KEY (tenant, user)
+    ) WITHOUT ROWID;
     """,
 )
 
 _Settings = TypeVar("_Settings", TenantSettings, PlanSettings)
+
+
+Erased = tuple[str, UserId | None, bool]
+"""A tenant, one of its users or None for all of them, and whether nothing is stored for that user again."""
 
 
 class StoreError(Exception):
@@ -54,6 +65,8 @@ class Store:
             self._open()
             self.tenants = self._read("tenant", TenantSettings)
             self.plans = self._read("plan", PlanSettings)
+            self.erased = self._read_erased()
+            """Who was erased when the file was opened."""
         except sqlite3.Error as error:
             self.close()
             raise _translated(path, error) from None
@@ -63,11 +76,29 @@ class Store:
 
     def write(self, tenants: Mapping[str, TenantSettings], plans: Mapping[str, PlanSettings]) -> None:
         """Make these the settings, all or nothing, and wait until they are on the disk. Raises `StoreError`."""
+        with self._transaction():
+            self._replace("tenant", self.tenants, tenants)
+            self._replace("plan", self.plans, plans)
+        self.tenants, self.plans = dict(tenants), dict(plans)
+
+    def note_erased(self, erased: Iterable[Erased]) -> None:
+        """Note who is erased, and wait until it is on the disk; who was for good stays so. Raises `StoreError`."""
+        rows = [(tenant, user or b"", for_good) for tenant, user, for_good in erased]
+        change = "ON CONFLICT (tenant, user) DO UPDATE SET for_good = max(for_good, excluded.for_good)"
+        with self._transaction():
+            self._database.executemany(f"INSERT INTO erased VALUES (?, ?, ?) {change}", rows)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._database.close()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """Do what is inside all or not at all. Raises `StoreError`."""
         try:
             self._database.execute("BEGIN IMMEDIATE")
             try:
-                self._replace("tenant", self.tenants, tenants)
-                self._replace("plan", self.plans, plans)
+                yield
                 self._database.execute("COMMIT")
             except sqlite3.Error:
                 if self._database.in_transaction:
@@ -75,11 +106,6 @@ class Store:
                 raise
         except sqlite3.Error as error:
             raise StoreError(f"{self.path} can't be written: {error}") from None
-        self.tenants, self.plans = dict(tenants), dict(plans)
-
-    def close(self) -> None:
-        """Let go of the file."""
-        self._database.close()
 
     def _open(self) -> None:
         self._database.execute("PRAGMA locking_mode=EXCLUSIVE")
@@ -116,6 +142,12 @@ class Store:
             except (msgspec.MsgspecError, TypeError) as error:
                 raise StoreError(_damaged(self.path, f"{table} {name!r}: {error}")) from None
         return settings
+
+    def _read_erased(self) -> list[Erased]:
+        rows = self._database.execute("SELECT tenant, user, for_good FROM erased").fetchall()
+        if any(not isinstance(user, bytes) or len(user) not in (0, USER_ID_BYTES) for _, user, _ in rows):
+            raise StoreError(_damaged(self.path, "who was erased"))
+        return [(tenant, UserId(user) if user else None, bool(for_good)) for tenant, user, for_good in rows]
 
     def _replace(self, table: str, old: Mapping[str, PlanSettings], new: Mapping[str, PlanSettings]) -> None:
         gone = [(name,) for name in old if name not in new]

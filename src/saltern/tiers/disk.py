@@ -14,7 +14,7 @@ has in flight, which it bounds.
 import logging
 import secrets
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future
 from itertools import count
 from math import inf
@@ -50,7 +50,7 @@ from saltern.core.messages import PublicationId
 from saltern.tiers.damage import Verifier, misplaced, sound_keys
 from saltern.tiers.datakeys import DataKey, KeyId, Keyring, Owner, wrap
 from saltern.tiers.errors import DiskError
-from saltern.tiers.index import INDEX_ERRORS, Erasure, Row, disk_error, is_out_of_room
+from saltern.tiers.index import INDEX_ERRORS, Row, disk_error, is_out_of_room
 from saltern.tiers.record import NONCE_BYTES, pieces, record_bytes, seal, unseal
 from saltern.tiers.rotation import current_key, finish_rotation, open_index, rotate
 from saltern.tiers.slab import PageBuffer, Slab
@@ -86,7 +86,6 @@ class Restored(Struct, frozen=True):
     """What was found at a start. `dropped` records were damaged or have no room; `torn` ones were not written whole."""
 
     records: list[StoredRecord]
-    erased: list[Erasure]
     publications: list[StoredPublication]
     dropped: int
     torn: int
@@ -192,10 +191,14 @@ class DiskTier:
 
     # A life
 
-    def restore(self, now: float) -> Restored:
-        """Return what is stored, once, before `start`. `now` is the core's clock. Raises `DiskError`."""
+    def restore(self, now: float, erased: Collection[Owner] = ()) -> Restored:
+        """Return what is stored, once, before `start`. `now` is the core's clock. Raises `DiskError`.
+
+        `erased` are users for whom nothing is ever stored again: a key of theirs that is still there is destroyed.
+        """
         self._wall_minus_core = self._wall_clock() - now
         try:
+            self._end_erasing(erased)
             return self._restore(now)
         except (OSError, *INDEX_ERRORS) as error:
             raise disk_error(self._index.path.parent, error) from None
@@ -291,11 +294,18 @@ class DiskTier:
                 self._slab.give_back(run)
             return finish_rotation(self._index, self._key_path)[0]
 
+    def _end_erasing(self, erased: Collection[Owner]) -> None:
+        """Destroy what an erasure that was interrupted has left of these, or an older index has brought back."""
+        self._keyring.drop(erased, for_good=True)
+        left = {key.owner for key in self._index.wrapped_keys()}.intersection(erased)
+        if left:
+            with self._index.transaction():
+                self._index.destroy(left)
+            self._finish_rotation()
+            log.warning("%d users were erased and still had a key on the disk: it is destroyed now", len(left))
+
     def _restore(self, now: float) -> Restored:
         index, verifier = self._index, Verifier(self._slab)
-        erased = index.erased()
-        gone = [(tenant, user) for tenant, user, for_good in erased if user is not None and for_good]
-        self._keyring.drop(gone, for_good=True)
         dropped = index.count_unsound()
         key_by_owner, bad_keys = sound_keys(index, self._deployment_key)
         rows = list(index.rows())
@@ -323,7 +333,7 @@ class DiskTier:
             self._keyring.add(owner, key_by_owner[owner])
         # After the rows beyond its new end are gone.
         self._slab.resize(self._pages)
-        return Restored(records, erased, index.publications(), dropped, torn)
+        return Restored(records, index.publications(), dropped, torn)
 
     # Records, on the I/O threads
 
@@ -498,9 +508,6 @@ class DiskTier:
         owners = self._keyring.owners(tenant) if user is None else [(tenant, user)]
         with self._index.transaction():
             destroyed = self._index.destroy(owners)
-            self._index.note_erased([(tenant, user, for_good and user is not None)])
-            if for_good:
-                self._index.note_erased((*owner, True) for owner in owners)
         self._keyring.drop(owners, for_good=for_good)
         # Asked for again after a purge that failed, it must not find that there was nothing.
         self._destroyed.setdefault((tenant, user), []).extend(destroyed)

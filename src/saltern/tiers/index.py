@@ -39,9 +39,6 @@ _SCHEMA = (
         depth INTEGER NOT NULL, touched REAL NOT NULL, serial INTEGER NOT NULL,
         PRIMARY KEY (owner, key)
     ) WITHOUT ROWID;
-    CREATE TABLE erased (
-        tenant TEXT NOT NULL, user BLOB NOT NULL, for_good INTEGER NOT NULL, PRIMARY KEY (tenant, user)
-    ) WITHOUT ROWID;
     CREATE TABLE publication (
         id BLOB NOT NULL UNIQUE, root BLOB NOT NULL, blocks INTEGER NOT NULL, label TEXT NOT NULL, keys BLOB NOT NULL
     );
@@ -67,10 +64,6 @@ _SOUND_KEY = """
     typeof(id) = 'blob' AND length(id) = 16 AND typeof(tenant) = 'text' AND typeof(user) = 'blob' AND length(user) = 16
     AND typeof(wrapped) = 'blob'
 """
-
-
-Erasure = tuple[str, UserId | None, bool]
-"""A tenant, one of its users or None for all of them, and whether nothing is stored for that user again."""
 
 
 class Row(Struct, frozen=True):
@@ -158,14 +151,6 @@ class Index:
         """
         for tenant, user, key, root, slot, length, depth, touched, serial in self._database.execute(query):
             yield Row(RecordName(tenant, UserId(user), Key(key), root), _slot(slot), length, depth, touched, serial)
-
-    def erased(self) -> list[Erasure]:
-        """Return who was erased."""
-        query = "SELECT tenant, user, for_good FROM erased WHERE typeof(user) = 'blob'"
-        return [
-            (tenant, UserId(user) if user else None, bool(for_good))
-            for tenant, user, for_good in self._database.execute(query)
-        ]
 
     def publications(self) -> list[StoredPublication]:
         """Return what is published, the oldest first, as far as a row can be a publication."""
@@ -262,12 +247,6 @@ class Index:
                 destroyed.append(KeyId(found[1]))
         self._set("purge", 1)
         return destroyed
-
-    def note_erased(self, erasures: Iterable[Erasure]) -> None:
-        """Note who was erased; who was for good stays so."""
-        rows = [(tenant, user or b"", for_good) for tenant, user, for_good in erasures]
-        change = "ON CONFLICT (tenant, user) DO UPDATE SET for_good = max(for_good, excluded.for_good)"
-        self._database.executemany(f"INSERT INTO erased VALUES (?, ?, ?) {change}", rows)
 
     def set_keys(self, deployment: bytes, wrapped_by_owner: Mapping[Owner, bytes]) -> None:
         """Replace the users' wrapped keys, and the name of what they are wrapped under. `purge` must follow."""
