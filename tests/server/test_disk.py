@@ -280,6 +280,20 @@ def test_a_disk_without_its_key_is_refused_and_the_key_is_named() -> None:
         server.start()
 
 
+def test_a_smaller_disk_says_what_had_no_room_in_it() -> None:
+    with serving_disk() as server:
+        with engine_at(server.path) as engine:
+            store(engine, "alice", 8)
+            written(server, 8)
+        server.stop()
+        settings = server.folder / "saltern.toml"
+        text = settings.read_text(encoding="utf-8")
+        settings.write_text(text.replace('[disk]\nsize = "64 MiB"', f"[disk]\nsize = {3 * SLOT}"), encoding="utf-8")
+        server.start()
+        assert "3 blocks are there, 0 were damaged and 0 not written whole" in server.log
+        assert "5 blocks had no room in a smaller disk tier" in server.log
+
+
 def test_less_room_than_the_disk_may_have_is_said() -> None:
     with serving(disk={"size": "10 TiB"}) as server:
         assert f"disk.size is 10 TiB, and the filesystem of {server.folder / 'state/disk'} has room for" in server.log

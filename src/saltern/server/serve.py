@@ -147,6 +147,10 @@ def _start_disk(config: Config, loop: Loop, arena: Arena, store: Store, stack: E
         *(format_size(config.disk.size), config.disk_path, len(restored.records), restored.dropped, restored.torn),
         time.monotonic() - started,
     )
+    if restored.cut:
+        log.warning(
+            "%d blocks had no room in a smaller disk tier, whoever's they were: they lay beyond its end", restored.cut
+        )
     _warn_of_little_space(config)
     return disk
 

@@ -83,12 +83,16 @@ DiskWork = Record | ForgetRecords | KeepPublication
 
 
 class Restored(Struct, frozen=True):
-    """What was found at a start. `dropped` records were damaged or have no room; `torn` ones were not written whole."""
+    """What was found at a start.
+
+    `dropped` records were damaged, `torn` ones were not written whole, and `cut` ones lay beyond the slab's new end.
+    """
 
     records: list[StoredRecord]
     publications: list[StoredPublication]
     dropped: int
     torn: int
+    cut: int
 
 
 class _Written(Struct, frozen=True):
@@ -309,7 +313,8 @@ class DiskTier:
         dropped = index.count_unsound()
         key_by_owner, bad_keys = sound_keys(index, self._deployment_key)
         rows = list(index.rows())
-        wrong = misplaced(rows, min(self._pages, self._slab.pages))
+        wrong = misplaced(rows, self._slab.pages)
+        cut = 0
         synced, torn = index.synced, 0
         records: list[StoredRecord] = []
         forgotten: list[RecordName] = []
@@ -317,6 +322,9 @@ class DiskTier:
             key = key_by_owner.get(row.owner)
             if key is None or row.serial in wrong:
                 dropped += 1
+                forgotten.append(row.name)
+            elif any(run.start + run.count > self._pages for run in row.slot):
+                cut += 1
                 forgotten.append(row.name)
             elif row.serial > synced and verifier.loss(row, key) is not None:
                 torn += 1
@@ -333,7 +341,7 @@ class DiskTier:
             self._keyring.add(owner, key_by_owner[owner])
         # After the rows beyond its new end are gone.
         self._slab.resize(self._pages)
-        return Restored(records, index.publications(), dropped, torn)
+        return Restored(records, index.publications(), dropped, torn, cut)
 
     # Records, on the I/O threads
 
