@@ -1,5 +1,6 @@
 """`saltern erase`, `rotate-key`, `check`, `audit-log` and the disk in `stats`, run as an operator runs them."""
 
+import errno
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from saltern.audit import AuditLog
+from saltern.cli import main
 from saltern.core.keys import unsigned_user_key, user_id
 from saltern.secret import read_secret
 from tests.server.test_disk import content, disk_of, load, serving_disk, store, user, written
@@ -170,6 +172,14 @@ def test_a_disk_is_checked_and_mended_while_the_server_is_down() -> None:
         assert damaged.returncode == 1
         assert "damage: 1 records are not authentic" in damaged.stdout
         assert "`saltern check --repair` would: forget them" in damaged.stdout
+        key = server.folder / "state/receipt.key"
+        AuditLog(server.folder / "state").append("tenant-set", {}, by="uid 7")
+        key.rename(server.folder / "away")
+        unwritten = check(server, "--repair")
+        assert unwritten.returncode == 1
+        assert f"there is no {key}" in unwritten.stderr
+        assert check(server).stdout == damaged.stdout, "something was mended without a line"
+        (server.folder / "away").rename(key)
         mended = check(server, "--repair")
         assert mended.returncode == 0
         assert "; done: forget them" in mended.stdout
@@ -179,6 +189,24 @@ def test_a_disk_is_checked_and_mended_while_the_server_is_down() -> None:
         assert line["details"]["not-authentic"] == 1
         server.start()
         assert disk_of(server).blocks == 4
+
+
+def test_a_repair_that_fails_is_written_down_before_and_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving_disk() as server:
+        server.stop()
+        (server.folder / "state/disk/index.db").write_bytes(b"SQLite format 3\0" + os.urandom(8000))
+
+        def unlink(path: Path, *, missing_ok: bool = False) -> None:
+            log = server.folder / "state/audit.log"
+            assert json.loads(log.read_text(encoding="ascii"))["what"] == "disk-repaired"
+            raise PermissionError(errno.EPERM, "not permitted", str(path))
+
+        monkeypatch.setattr(Path, "unlink", unlink)
+        assert main(["check", "--repair", "--config", str(server.folder / "saltern.toml")]) == 1
+        monkeypatch.undo()
+        begun, ended = map(json.loads, (server.folder / "state/audit.log").read_text(encoding="ascii").splitlines())
+        assert (ended["what"], ended["details"]["line"]) == ("not-done", begun["serial"])
+        assert "not permitted" in ended["details"]["reason"]
 
 
 def test_who_is_above_a_limit_on_disk_is_named() -> None:

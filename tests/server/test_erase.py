@@ -14,7 +14,7 @@ import pytest
 from saltern.audit import AuditError, AuditLog, Detail, Line, parse_receipt, read_public_key, verify_log
 from saltern.client.sockets import ConnectionLost
 from saltern.core.effects import Event
-from saltern.core.keys import UserId, signed_user_key, unsigned_user_key, user_id
+from saltern.core.keys import UserId, digest, signed_user_key, unsigned_user_key, user_id
 from saltern.core.messages import (
     Acquire,
     Acquired,
@@ -30,7 +30,7 @@ from saltern.core.snapshot import PublicationStats
 from saltern.epochs import make_epochs, read_epochs
 from saltern.operations import Erase, Failed, KeyRotated, RotateKey, UserErased
 from saltern.secret import make_signing_secrets, read_secret, read_signing_secrets
-from saltern.server.erasure import Erasure, Secrets
+from saltern.server.erasure import KEYS_SHOWN, Erasure, Secrets, Whom
 from saltern.server.operations import Holding, OperationError, Operations
 from saltern.server.store import Store, StoreError
 from saltern.server.tenancy import Layers
@@ -106,6 +106,7 @@ def test_nothing_of_an_erased_user_is_found_in_memory_or_on_disk() -> None:
                 "disk_bytes": 6 * SLOT,
                 "keys_destroyed": 1,
                 "keys": keys,
+                "keys_hash": digest(b"saltern.keys", [bytes.fromhex(*keys)]).hex(),
             }
             assert (answer.may_be_in_vllm, answer.engines) == (True, ("llama",))
             assert not load(engine, "alice", 6)
@@ -554,6 +555,16 @@ def test_a_broken_file_of_epochs_keeps_a_name_from_being_erased_but_not_an_id(tm
         assert f"nothing was erased: {tmp_path / 'epochs.json'}: " in answer.reason
     assert not subject.erased
     assert isinstance(operations.answer(Erase("acme", user=bytes(16)), by="uid 7"), UserErased)
+
+
+def test_a_receipt_tells_of_all_keys_also_of_those_that_it_does_not_name() -> None:
+    keys = [number.to_bytes(16) for number in range(KEYS_SHOWN + 2)]
+    whom = Whom("acme", None)
+    details = Erasure(keys=tuple(keys)).details(whom)
+    assert details["keys_destroyed"] == len(keys)
+    assert details["keys"] == [key.hex() for key in keys[:-2]]
+    assert details["keys_hash"] == Erasure(keys=tuple(reversed(keys))).details(whom)["keys_hash"]
+    assert details["keys_hash"] != Erasure(keys=(*keys[:-1], bytes(16))).details(whom)["keys_hash"]
 
 
 def test_a_begun_erasure_is_written_down_by_ids_alone(tmp_path: Path) -> None:

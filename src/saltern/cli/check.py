@@ -3,7 +3,7 @@
 import argparse
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,9 +11,10 @@ from saltern.cli.output import EXIT_ASKED_WRONGLY, EXIT_FAILED, complain, table
 from saltern.sizes import format_size
 
 if TYPE_CHECKING:
+    from saltern.audit import Line
     from saltern.cli.output import Commands
     from saltern.server.config import Config
-    from saltern.tiers.check import Report
+    from saltern.tiers.check import Finding, Report
 
 
 def add_commands(commands: "Commands") -> None:
@@ -28,7 +29,7 @@ def add_commands(commands: "Commands") -> None:
 def _check(options: argparse.Namespace) -> int:
     import msgspec
 
-    from saltern.audit import AuditError, AuditLog
+    from saltern.audit import AuditError
     from saltern.server.config import ConfigError, load_config
     from saltern.server.store import StoreError
     from saltern.tiers.check import check
@@ -36,11 +37,13 @@ def _check(options: argparse.Namespace) -> int:
 
     try:
         config = load_config(options.config)
-        report = check(config.disk_path, config.deployment_key_path, options.repair)
+        repairs = _Repairs(config)
+        try:
+            report = check(config.disk_path, config.deployment_key_path, options.repair, repairs.begin)
+        except DiskError as error:
+            repairs.fail(error)
+            raise
         above = list(_above_limits(config, report))
-        if report.repaired and report.findings:
-            found = {finding.kind: finding.count for finding in report.findings}
-            AuditLog(config.server.state_path).append("disk-repaired", found, by=f"uid {os.getuid()}, offline")
     except ConfigError as error:
         return complain(str(error), EXIT_ASKED_WRONGLY)
     except (AuditError, DiskError, StoreError) as error:
@@ -50,6 +53,28 @@ def _check(options: argparse.Namespace) -> int:
     else:
         print("\n".join([*_describe(report), *(f"{text}; evicted at the next start" for text in above)]), flush=True)
     return 0 if report.is_sound or report.repaired else EXIT_FAILED
+
+
+class _Repairs:
+    """The audit log of a repair: a line before anything is changed, and another one if that failed."""
+
+    def __init__(self, config: "Config") -> None:
+        from saltern.audit import AuditLog
+
+        self._log = AuditLog(config.server.state_path)
+        self._by = f"uid {os.getuid()}, offline"
+        self._line: Line | None = None
+
+    def begin(self, findings: "Sequence[Finding]") -> None:
+        """Write down what is mended. Raises `AuditError`, and then nothing may be."""
+        self._line = self._log.append(
+            "disk-repaired", {finding.kind: finding.count for finding in findings}, by=self._by
+        )
+
+    def fail(self, error: Exception) -> None:
+        """Write down why it wasn't, if it was begun. Raises `AuditError`."""
+        if self._line is not None:
+            self._log.append("not-done", {"line": self._line.serial, "reason": str(error)}, by=self._by)
 
 
 def _above_limits(config: "Config", report: "Report") -> Iterator[str]:

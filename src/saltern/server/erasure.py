@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from saltern.audit import Detail
-from saltern.core.keys import UserId, signed_user_key, unsigned_user_key, user_id
+from saltern.core.keys import UserId, digest, signed_user_key, unsigned_user_key, user_id
 from saltern.core.messages import DEFAULT_TENANT, PUBLIC_TENANT
 from saltern.epochs import read_epochs
 from saltern.operations import Erase
@@ -22,7 +22,7 @@ from saltern.secret import read_signing_secrets
 from saltern.signing import user_tag, verify
 
 KEYS_SHOWN = 100
-"""Most data keys that a receipt names; their number is always there."""
+"""Most data keys that a receipt names; their number is always there, and a hash over all of them."""
 
 
 class Secrets(NamedTuple):
@@ -82,6 +82,7 @@ class Erasure(NamedTuple):
             "disk_bytes": self.disk_bytes,
             "keys_destroyed": len(self.keys),
             "keys": [key.hex() for key in self.keys[:KEYS_SHOWN]],
+            "keys_hash": digest(b"saltern.keys", sorted(self.keys)).hex(),
         }
 
 

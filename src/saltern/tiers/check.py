@@ -4,7 +4,7 @@ Nothing else may use the folder meanwhile. Without `repair` nothing is changed b
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from msgspec import Struct
@@ -63,18 +63,23 @@ class Report(Struct, frozen=True):
         return sum(usage.used_bytes for usage in self.usage)
 
 
-def check(folder: Path, key_path: Path, repair: bool) -> Report:
-    """Check the data folder; with `repair`, mend it as the findings say. Raises `DiskError`."""
+def check(
+    folder: Path, key_path: Path, repair: bool, begin: Callable[[Sequence[Finding]], None] = lambda findings: None
+) -> Report:
+    """Check the data folder; with `repair`, mend it as the findings say, if there are any. Raises `DiskError`.
+
+    `begin` is told of them before anything is changed; what it raises prevents that.
+    """
     if not (folder / "index.db").exists():
         raise DiskError(f"{folder} has no index.db: nothing is stored there")
     try:
         index = open_index(folder, key_path)
     except DiskDamagedError as error:
-        return _start_anew(folder, str(error), repair=repair)
+        return _start_anew(folder, str(error), begin if repair else None)
     try:
         slab = Slab(folder / "slab")
         try:
-            return _Check(index, slab, key_path).report(repair=repair)
+            return _Check(index, slab, key_path).report(begin if repair else None)
         finally:
             slab.close()
     except (OSError, *INDEX_ERRORS) as error:
@@ -91,14 +96,15 @@ class _Check:
         self._findings: list[Finding] = []
         self._deployment_key = current_key(index, key_path)
 
-    def report(self, *, repair: bool) -> Report:
+    def report(self, begin: Callable[[Sequence[Finding]], None] | None) -> Report:
         self._check_keys_file()
         key_by_owner, bad_keys = self._check_keys()
         rows = list(self._index.rows())
         wrong = self._check_rows(rows, key_by_owner)
         whole = [row for row in rows if row.serial not in wrong]
         unnamed = list(self._check_slab(whole))
-        if repair:
+        if begin is not None and self._findings:
+            begin(self._findings)
             # First, since all that follows needs room. What else names these pages is dropped.
             for run in unnamed:
                 self._slab.give_back(run)
@@ -107,7 +113,7 @@ class _Check:
                 self._index.forget(row.name for row in rows if row.serial in wrong)
                 self._index.drop_unused_keys()
             finish_rotation(self._index, self._key_path)
-        return Report(tuple(self._findings), _usage(whole), repair)
+        return Report(tuple(self._findings), _usage(whole), repaired=begin is not None)
 
     def _check_keys_file(self) -> None:
         if len(read_deployment_keys(self._key_path)) > 1:
@@ -170,11 +176,16 @@ _WHAT: dict[Misplaced | Loss, str] = {
 }
 
 
-def _start_anew(folder: Path, damage: str, *, repair: bool) -> Report:
-    if repair:
-        for name in ("index.db", "index.db-wal", "index.db-shm", "slab"):
-            (folder / name).unlink(missing_ok=True)
-    return Report((Finding("index", 1, damage, "delete it and the slab: all that is stored is lost"),), (), repair)
+def _start_anew(folder: Path, damage: str, begin: Callable[[Sequence[Finding]], None] | None) -> Report:
+    findings = (Finding("index", 1, damage, "delete it and the slab: all that is stored is lost"),)
+    if begin is not None:
+        begin(findings)
+        try:
+            for name in ("index.db", "index.db-wal", "index.db-shm", "slab"):
+                (folder / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise disk_error(folder, error) from None
+    return Report(findings, (), repaired=begin is not None)
 
 
 def _examples(rows: list[Row]) -> str:
