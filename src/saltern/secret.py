@@ -6,6 +6,7 @@ hexadecimal, the newest first: an operator may carry them to the machine that si
 
 import os
 import secrets
+import stat
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -70,6 +71,20 @@ def read_private(path: Path, *, hint: str = "chmod 600 it") -> bytes:
         if os.fstat(file.fileno()).st_mode & 0o077:
             raise ValueError(f"others may read {path}: {hint}")
         return file.read()
+
+
+def keep_private(path: Path) -> None:
+    """See that a file or folder is its owner's alone.
+
+    Raises OSError, or ValueError with a text for a person: others might have changed it, so they must say that it is
+    right. What others could only read is taken from them.
+    """
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if mode & 0o022:
+        right = 700 if path.is_dir() else 600
+        raise ValueError(f"others may change {path}: chmod {right} it once you trust what it says")
+    if mode & 0o077:
+        path.chmod(mode & 0o700)
 
 
 def write_private(path: Path, content: bytes, *, replace: bool = True) -> None:

@@ -129,6 +129,26 @@ def test_files_are_their_owner_s_alone(rig: Rig) -> None:
     assert not any(stat.S_IMODE(path.stat().st_mode) & 0o077 for path in paths)
 
 
+def test_what_others_may_read_is_taken_from_them_and_what_they_may_change_is_refused(rig: Rig) -> None:
+    rig.fill(1)
+    rig.tier.close()
+    index = rig.data / "index.db"
+    for path, readable in ((rig.data, 0o755), (index, 0o644), (rig.slab, 0o666)):
+        path.chmod(readable)
+    assert len(rig.start().records) == 1
+    assert not any(stat.S_IMODE(path.stat().st_mode) & 0o077 for path in (rig.data, *rig.data.iterdir()))
+    rig.tier.close()
+    for path, changeable, advice in ((rig.data, 0o777, "chmod 700"), (index, 0o660, "chmod 600")):
+        right = path.stat().st_mode
+        path.chmod(changeable)
+        with pytest.raises(DiskError, match=f"others may change {path}: {advice} it"):
+            rig.open()
+        with pytest.raises(DiskError, match=f"others may change {path}: {advice} it"):
+            check(rig.data, rig.key_path, False)
+        path.chmod(right)
+    rig.start()
+
+
 def test_the_slab_takes_room_only_where_it_was_written(rig: Rig) -> None:
     assert rig.slab.stat().st_size == rig.slab_bytes
     assert rig.slab.stat().st_blocks == 0

@@ -11,7 +11,6 @@ each overwrite what the other believes.
 
 import os
 import sqlite3
-import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ import msgspec
 
 from saltern.core.keys import USER_ID_BYTES, UserId
 from saltern.operations import PlanSettings, TenantSettings
+from saltern.secret import keep_private
 
 _APPLICATION_ID = 0x53414C54  # "SALT"; SQLite keeps it in the file's header
 
@@ -163,9 +163,10 @@ class Store:
 def _make_private(path: Path) -> None:
     """Make an empty file of mode 0600, which SQLite gives to those beside it, or refuse one that others may write."""
     os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-    status = path.stat()
-    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise StoreError(f"others may change {path}: chmod 600 it once you trust what it says")
+    try:
+        keep_private(path)
+    except ValueError as error:
+        raise StoreError(str(error)) from None
 
 
 def _translated(path: Path, error: sqlite3.Error) -> StoreError:

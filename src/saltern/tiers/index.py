@@ -8,7 +8,6 @@ docs/disk-format.md has the tables, and what is written in which order.
 import errno
 import os
 import sqlite3
-import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
@@ -21,6 +20,7 @@ from saltern.core.effects import RecordName, StoredPublication
 from saltern.core.extents import Extent, Run
 from saltern.core.keys import Key, UserId
 from saltern.core.messages import PublicationId
+from saltern.secret import keep_private
 from saltern.tiers.datakeys import KeyId, Owner
 from saltern.tiers.errors import DiskDamagedError, DiskError, DiskInUseError
 
@@ -344,9 +344,10 @@ def _slot(packed: bytes) -> Extent:
 def _make_private(path: Path) -> None:
     """Make an empty file of mode 0600, which SQLite gives to those beside it, or refuse one that others may write."""
     os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-    status = path.stat()
-    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise DiskError(f"others may change {path}: chmod 600 it once you trust what it says")
+    try:
+        keep_private(path)
+    except ValueError as error:
+        raise DiskError(str(error)) from None
 
 
 def _translated(path: Path, error: Exception) -> DiskError:

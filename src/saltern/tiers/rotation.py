@@ -11,7 +11,7 @@ import logging
 from contextlib import suppress
 from pathlib import Path
 
-from saltern.secret import delete_unfinished
+from saltern.secret import delete_unfinished, keep_private
 from saltern.tiers.datakeys import (
     deployment_name,
     make_deployment_key,
@@ -33,6 +33,10 @@ def open_index(folder: Path, key_path: Path) -> Index:
     Raises `DiskError`.
     """
     path = folder / "index.db"
+    try:
+        keep_private(folder)
+    except (OSError, ValueError) as error:
+        raise DiskError(str(error)) from None
     if not path.exists() and not key_path.exists():
         make_deployment_key(key_path)
         log.warning("made the deployment key %s: back it up, without it nothing on the disk can be read", key_path)

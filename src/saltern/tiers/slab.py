@@ -30,6 +30,8 @@ class Slab:
                 raise
             self.direct = False
             self._fd = os.open(path, flags, 0o600)
+        if os.fstat(self._fd).st_mode & 0o077:
+            os.fchmod(self._fd, 0o600)  # what others may have changed in it isn't authentic
 
     @property
     def pages(self) -> int:
