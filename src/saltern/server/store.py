@@ -9,31 +9,17 @@ never done on the loop's thread. The file is locked for as long as the server ru
 each overwrite what the other believes.
 """
 
-import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 
 from saltern.core.keys import USER_ID_BYTES, UserId
+from saltern.database import Kind
 from saltern.operations import PlanSettings, TenantSettings
-from saltern.secret import keep_private
-
-_APPLICATION_ID = 0x53414C54  # "SALT"; SQLite keeps it in the file's header
-
-# The steps from an empty file to this release's tables; `user_version` counts those that a file has taken.
-_SCHEMA = (
-    """
-    CREATE TABLE tenant (name TEXT PRIMARY KEY NOT NULL, settings TEXT NOT NULL) WITHOUT ROWID;
-    CREATE TABLE plan (name TEXT PRIMARY KEY NOT NULL, settings TEXT NOT NULL) WITHOUT ROWID;
-    CREATE TABLE erased (
-        tenant TEXT NOT NULL, user BLOB NOT NULL, for_good INTEGER NOT NULL, PRIMARY KEY (tenant, user)
-    ) WITHOUT ROWID;
-    """,
-)
 
 _Settings = TypeVar("_Settings", TenantSettings, PlanSettings)
 
@@ -50,26 +36,42 @@ class InUseError(StoreError):
     """A server holds the file."""
 
 
+_KIND = Kind(
+    application_id=0x53414C54,  # "SALT"
+    schema=(
+        """
+        CREATE TABLE tenant (name TEXT PRIMARY KEY NOT NULL, settings TEXT NOT NULL) WITHOUT ROWID;
+        CREATE TABLE plan (name TEXT PRIMARY KEY NOT NULL, settings TEXT NOT NULL) WITHOUT ROWID;
+        CREATE TABLE erased (
+            tenant TEXT NOT NULL, user BLOB NOT NULL, for_good INTEGER NOT NULL, PRIMARY KEY (tenant, user)
+        ) WITHOUT ROWID;
+        """,
+    ),
+    pragmas=("synchronous=FULL",),
+    setting="server.state_folder",
+    in_use="another server uses {}: give this one a server.state_folder of its own",
+    damaged="{} is damaged ({}): put a copy of it back, or move it away to start with the settings of the file alone",
+    error=StoreError,
+    in_use_error=InUseError,
+    damaged_error=StoreError,
+)
+
+
 class Store:
     """The file at `path`, made if it is missing. Raises `StoreError`. Used by one thread at a time."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._database = _KIND.open(path)
+        self._database.text_factory = str  # a name that is no text is nobody's
         try:
-            _make_private(path)
-            # Autocommit: transactions are begun where they are meant.
-            self._database = sqlite3.connect(path, timeout=1.0, isolation_level=None, check_same_thread=False)
-        except (OSError, sqlite3.Error) as error:
-            raise StoreError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
-        try:
-            self._open()
             self.tenants = self._read("tenant", TenantSettings)
             self.plans = self._read("plan", PlanSettings)
             self.erased = self._read_erased()
             """Who was erased when the file was opened."""
         except sqlite3.Error as error:
             self.close()
-            raise _translated(path, error) from None
+            raise _KIND.translated(path, error) from None
         except StoreError:
             self.close()
             raise
@@ -107,46 +109,19 @@ class Store:
         except sqlite3.Error as error:
             raise StoreError(f"{self.path} can't be written: {error}") from None
 
-    def _open(self) -> None:
-        self._database.execute("PRAGMA locking_mode=EXCLUSIVE")
-        self._database.execute("PRAGMA synchronous=FULL")
-        application, version = self._number("application_id"), self._number("user_version")
-        tables = self._database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-        if application != _APPLICATION_ID and (application or version or tables):
-            raise StoreError(f"{self.path} is another program's database: name another server.state_folder")
-        if version > len(_SCHEMA):
-            raise StoreError(
-                f"{self.path} was written by a newer Saltern (schema {version}, this one knows {len(_SCHEMA)}):"
-                " run that release, or name another server.state_folder"
-            )
-        # Before this, since a foreign file must not be changed at all.
-        self._database.execute("PRAGMA journal_mode=WAL")
-        with closing(self._database.execute("PRAGMA quick_check")) as found:
-            damage = found.fetchone()[0]
-        if damage != "ok":
-            raise StoreError(_damaged(self.path, damage))
-        steps = "".join(_SCHEMA[version:])
-        self._database.executescript(
-            f"BEGIN EXCLUSIVE; {steps} PRAGMA application_id={_APPLICATION_ID}; PRAGMA user_version={len(_SCHEMA)};"
-            " COMMIT;"
-        )
-
-    def _number(self, pragma: str) -> int:
-        return int(self._database.execute(f"PRAGMA {pragma}").fetchone()[0])
-
     def _read(self, table: str, kind: type[_Settings]) -> dict[str, _Settings]:
         settings: dict[str, _Settings] = {}
         for name, text in self._database.execute(f"SELECT name, settings FROM {table} ORDER BY name"):
             try:
                 settings[name] = msgspec.json.decode(text, type=kind)
             except (msgspec.MsgspecError, TypeError) as error:
-                raise StoreError(_damaged(self.path, f"{table} {name!r}: {error}")) from None
+                raise _KIND.damage(self.path, f"{table} {name!r}: {error}") from None
         return settings
 
     def _read_erased(self) -> list[Erased]:
         rows = self._database.execute("SELECT tenant, user, for_good FROM erased").fetchall()
         if any(not isinstance(user, bytes) or len(user) not in (0, USER_ID_BYTES) for _, user, _ in rows):
-            raise StoreError(_damaged(self.path, "who was erased"))
+            raise _KIND.damage(self.path, "who was erased")
         return [(tenant, UserId(user) if user else None, bool(for_good)) for tenant, user, for_good in rows]
 
     def _replace(self, table: str, old: Mapping[str, PlanSettings], new: Mapping[str, PlanSettings]) -> None:
@@ -158,28 +133,3 @@ class Store:
         ]
         self._database.executemany(f"DELETE FROM {table} WHERE name = ?", gone)
         self._database.executemany(f"INSERT OR REPLACE INTO {table} VALUES (?, ?)", changed)
-
-
-def _make_private(path: Path) -> None:
-    """Make an empty file of mode 0600, which SQLite gives to those beside it, or refuse one that others may write."""
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-    try:
-        keep_private(path)
-    except ValueError as error:
-        raise StoreError(str(error)) from None
-
-
-def _translated(path: Path, error: sqlite3.Error) -> StoreError:
-    name = getattr(error, "sqlite_errorname", "")  # an error of the module's own has none
-    if name.startswith("SQLITE_BUSY"):
-        return InUseError(f"another server uses {path}: give this one a server.state_folder of its own")
-    if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
-        return StoreError(_damaged(path, str(error)))
-    return StoreError(f"{path}: {error}")
-
-
-def _damaged(path: Path, damage: str) -> str:
-    return (
-        f"{path} is damaged ({damage}): put a copy of it back, or move it away to start with the settings of the"
-        " file alone"
-    )

@@ -9,7 +9,7 @@ import errno
 import os
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,10 @@ from saltern.core.effects import RecordName, StoredPublication
 from saltern.core.extents import Extent, Run
 from saltern.core.keys import Key, UserId
 from saltern.core.messages import PublicationId
-from saltern.secret import keep_private
+from saltern.database import Kind
 from saltern.tiers.datakeys import KeyId, Owner
 from saltern.tiers.errors import DiskDamagedError, DiskError, DiskInUseError
 
-_APPLICATION_ID = 0x53414C44  # "SALD"; SQLite keeps it in the file's header
-
-# The steps from an empty file to this release's tables; `user_version` counts those that a file has taken.
 _SCHEMA = (
     """
     CREATE TABLE meta (name TEXT PRIMARY KEY NOT NULL, value) WITHOUT ROWID;
@@ -44,6 +41,21 @@ _SCHEMA = (
     );
     INSERT INTO meta VALUES ('synced', 0), ('purge', 0);
     """,
+)
+
+_KIND = Kind(
+    application_id=0x53414C44,  # "SALD"
+    schema=_SCHEMA,
+    pragmas=("synchronous=NORMAL", "secure_delete=ON", "temp_store=MEMORY"),
+    setting="disk.path",
+    in_use="another server, or a check, uses {}: give this one a disk.path of its own",
+    damaged=(
+        "{} is damaged ({}). The keys of all that is stored are in it: 'saltern check --repair' starts anew with an"
+        " empty disk"
+    ),
+    error=DiskError,
+    in_use_error=DiskInUseError,
+    damaged_error=DiskDamagedError,
 )
 
 INDEX_ERRORS = (sqlite3.Error, UnicodeError)
@@ -99,22 +111,12 @@ class Index:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._database = _KIND.open(path)
         try:
-            _make_private(path)
-            # Autocommit: transactions are begun where they are meant.
-            self._database = sqlite3.connect(path, timeout=1.0, isolation_level=None, check_same_thread=False)
-            self._database.text_factory = lambda text: text.decode(errors="replace")
-        except (OSError, sqlite3.Error) as error:
-            raise DiskError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
-        try:
-            self._open()
             self.serial: int = max(self.synced, self._value("SELECT ifnull(max(serial), 0) FROM record"))
         except INDEX_ERRORS as error:
             self._database.close()
-            raise _translated(path, error) from None
-        except DiskError:
-            self._database.close()
-            raise
+            raise _KIND.translated(path, error) from None
 
     # What is there
 
@@ -289,29 +291,6 @@ class Index:
             finally:
                 os.close(fd)
 
-    def _open(self) -> None:
-        for pragma in ("locking_mode=EXCLUSIVE", "synchronous=NORMAL", "secure_delete=ON", "temp_store=MEMORY"):
-            self._database.execute(f"PRAGMA {pragma}")
-        application, version = self._value("PRAGMA application_id"), self._value("PRAGMA user_version")
-        tables = self._value("SELECT count(*) FROM sqlite_master")
-        if application != _APPLICATION_ID and (application or version or tables):
-            raise DiskError(f"{self.path} is another program's database: name another disk.path")
-        if version > len(_SCHEMA):
-            raise DiskError(
-                f"{self.path} was written by a newer Saltern (schema {version}, this one knows {len(_SCHEMA)}):"
-                " run that release, or name another disk.path"
-            )
-        # Before this, since a foreign file must not be changed at all.
-        self._database.execute("PRAGMA journal_mode=WAL")
-        with closing(self._database.execute("PRAGMA quick_check")) as found:
-            damage = found.fetchone()[0]
-        if damage != "ok":
-            raise DiskDamagedError(_damaged(self.path, damage))
-        steps = "".join(_SCHEMA[version:])
-        if steps:
-            steps += f"PRAGMA application_id={_APPLICATION_ID}; PRAGMA user_version={len(_SCHEMA)};"
-        self._database.executescript(f"BEGIN EXCLUSIVE; {steps} COMMIT;")  # without steps: for the lock
-
     def _set(self, name: str, value: int | bytes) -> None:
         self._database.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, value))
 
@@ -339,28 +318,3 @@ def _slot(packed: bytes) -> Extent:
         return msgspec.msgpack.decode(packed, type=tuple[Run, ...])
     except msgspec.MsgspecError:
         return ()
-
-
-def _make_private(path: Path) -> None:
-    """Make an empty file of mode 0600, which SQLite gives to those beside it, or refuse one that others may write."""
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-    try:
-        keep_private(path)
-    except ValueError as error:
-        raise DiskError(str(error)) from None
-
-
-def _translated(path: Path, error: Exception) -> DiskError:
-    name = getattr(error, "sqlite_errorname", "")  # an error of the module's own has none
-    if name.startswith("SQLITE_BUSY"):
-        return DiskInUseError(f"another server, or a check, uses {path}: give this one a disk.path of its own")
-    if isinstance(error, UnicodeError) or name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
-        return DiskDamagedError(_damaged(path, str(error)))
-    return DiskError(f"{path}: {error}")
-
-
-def _damaged(path: Path, damage: str) -> str:
-    return (
-        f"{path} is damaged ({damage}). The keys of all that is stored are in it: 'saltern check --repair' starts anew"
-        " with an empty disk"
-    )
