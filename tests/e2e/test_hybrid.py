@@ -32,31 +32,36 @@ _numbers = count()
 
 
 class Model(NamedTuple):
-    """A model's maker, what its engine needs, and how long its blocks are."""
+    """A model's maker, and what its engine needs."""
 
     make: Callable[[Path], Path]
     arguments: dict[str, Any]
-    block_tokens: int
 
 
 MODELS = {
-    "Gemma-3": Model(make_gemma, {}, block_tokens=128),
-    "gpt-oss": Model(make_gpt_oss, {}, block_tokens=128),
-    # vLLM makes an engine block as long as a state is large.
-    "Qwen3-Next": Model(make_qwen, {"enable_prefix_caching": True}, block_tokens=640),
+    "Gemma-3": Model(make_gemma, {}),
+    "gpt-oss": Model(make_gpt_oss, {}),
+    "Qwen3-Next": Model(make_qwen, {"enable_prefix_caching": True}),
 }
+
+_block_tokens: dict[str, int] = {}
+"""How long a model's blocks are: vLLM makes them as long as a state is large, which depends on the CPU."""
 
 
 class Bench:
     """One model: the answers it gives without Saltern, and engines with it, one after another."""
 
-    def __init__(self, lab: Lab, server: Server, model: Model, folder: Path) -> None:
-        self.model = model
-        self.block_tokens = model.block_tokens
+    def __init__(self, lab: Lab, server: Server, name: str, folder: Path) -> None:
+        self.model = MODELS[name]
         self._lab, self._server = lab, server
-        self._folder = model.make(folder)
+        self._folder = self.model.make(folder)
         self._answer_by_length: dict[int, Answer] = {}
         self.user = f"user-{next(_numbers)}"
+        if name not in _block_tokens:
+            self.start()
+            (session,) = server.stats().sessions
+            _block_tokens[name] = session.block_tokens
+        self.block_tokens = _block_tokens[name]
 
     def know(self, *lengths: int) -> None:
         """Let an engine without Saltern answer the first tokens, so many at a time."""
@@ -79,7 +84,7 @@ class Bench:
 
 @pytest.fixture(params=MODELS)
 def bench(request: pytest.FixtureRequest, lab: Lab, server: Server, tmp_path: Path) -> Bench:
-    return Bench(lab, server, MODELS[request.param], tmp_path / "model")
+    return Bench(lab, server, request.param, tmp_path / "model")
 
 
 def test_a_prefix_is_stored_once_and_loaded_by_the_next_engine_and_by_nobody_else(bench: Bench) -> None:
