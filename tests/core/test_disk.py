@@ -10,6 +10,7 @@ from saltern.core.disk import (
     DISK_PAGE_BYTES,
     OFFERED_MAX,
     READS_IN_FLIGHT_MAX,
+    SKIPPED_MAX,
     WRITES_IN_FLIGHT_MAX,
     record_pages,
 )
@@ -252,6 +253,26 @@ def test_what_is_in_ram_does_not_make_the_disk_worth_waiting_for(rig: DiskRig) -
     assert [answer.ready for answer in rig.sent(Acquired)] == [3], "one block takes longer to come than to compute"
 
 
+def test_a_long_queue_of_one_tenant_makes_the_disk_no_slower_for_another() -> None:
+    rig = DiskRig(pages=20, disk_pages=40)
+    engine = rig.engine()
+    long = "abcdefghijklmno"
+    rig.store(engine, ALICE, long, tenant="acme")
+    rig.store(engine, BOB, "xy", tenant="globex")
+    rig.do()
+    for limits in (Limits(limit_bytes=0), NO_LIMITS):  # out of memory with it
+        for name in ("acme", "globex"):
+            rig.handle(TenantSet(name, limits))
+        rig.handle(Tick())
+    rig.say(engine, Acquire(100, ALICE, keys("a"), 0, tenant="acme"))
+    rig.do()  # half a second for a page
+    rig.say(engine, Acquire(101, ALICE, keys(long), 0, tenant="acme"))
+    asked = {name: rig.cache.disk.reading_seconds(name, 2) for name in ("acme", "globex")}
+    assert asked == {"acme": 16 * 0.5, "globex": 4 * 0.5}
+    rig.say(engine, Acquire(102, BOB, keys("xy"), 0, tenant="globex", block_seconds=1.5))
+    assert [loading.blocks for loading in rig.sent(Loading)] == [2]
+
+
 def test_nothing_is_brought_that_the_engine_has_itself(rig: DiskRig) -> None:
     engine = rig.engine()
     rig.store(engine, ALICE, "abc")
@@ -404,6 +425,25 @@ def test_a_load_has_room_only_by_the_rules_and_no_longer_than_them() -> None:
     (answer,) = rig.sent(Acquired, engine)
     assert answer.ready == 2
     assert rig.cache.tenant_by_name[DEFAULT_TENANT].user_by_id[ALICE].used_pages == 2
+
+
+def test_only_so_many_are_looked_at_in_one_event_for_one_that_can_be_written() -> None:
+    rig = DiskRig(pages=300, disk_pages=300, disk_limits=Limits(limit_bytes=DISK_PAGE_BYTES))
+    engine = rig.engine()
+    prompt = "".join(chr(256 + number) for number in range(3 * SKIPPED_MAX))
+    rig.store(engine, ALICE, prompt)
+    skipped = [_skipped(rig)]
+    while rig.cache.due_at is not None:
+        assert rig.cache.due_at <= rig.now
+        rig.handle(Tick())
+        skipped.append(_skipped(rig))
+    assert skipped == [SKIPPED_MAX, 2 * SKIPPED_MAX, 3 * SKIPPED_MAX - 1], "the first is being written"
+
+
+def _skipped(rig: DiskRig) -> int:
+    stats = rig.cache.snapshot().disk
+    assert stats is not None
+    return stats.skipped
 
 
 def test_only_so_many_are_read_at_a_time() -> None:

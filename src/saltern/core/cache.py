@@ -815,7 +815,7 @@ class Cache:
             pages += record.pages
         start = ask.start if isinstance(ask, Acquire) else 0
         gained = len(found) + len(coming) - max(len(found), start)  # over what is there at once
-        if gained <= 0 or 0 < ask.block_seconds * gained <= self.disk.reading_seconds(pages):
+        if gained <= 0 or 0 < ask.block_seconds * gained <= self.disk.reading_seconds(ask.tenant, pages):
             return []
         return coming
 
@@ -849,7 +849,7 @@ class Cache:
         assert session.control is not None, "a session asked without a control connection"
         self.loads.wait(session, ask, awaited)
         blocks = sum(load.left for load in awaited)
-        self._send(session.control, Loading(ask.request, blocks=blocks, seconds=self.disk.reading_seconds(0)))
+        self._send(session.control, Loading(ask.request, blocks=blocks, seconds=self.disk.reading_seconds(tenant.name, 0)))
         self._log("loading", session, tenant=tenant.name, blocks=len(fetched), detail=f"of {len(ask.keys)}")
         return True
 

@@ -13,7 +13,7 @@ Blocks are offered once they are READY, and written in the background: so many a
 can't be is skipped, counted, and offered again when it is next used.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Container, Iterable, Mapping
 from enum import Enum
 from itertools import count, pairwise
@@ -41,6 +41,9 @@ READS_IN_FLIGHT_MAX = 8
 
 OFFERED_MAX = 1024
 """Blocks of one tenant that may wait to be written; further ones are skipped."""
+
+SKIPPED_MAX = 64
+"""Most blocks that are looked at in one event for one that can be written."""
 
 TOUCHED_MAX = 10_000
 """Most records that `take_touched` names at once: some milliseconds."""
@@ -175,11 +178,13 @@ class Disk:
         self._to_forget: list[StoredBlock] = []
         self._going: set[RecordName] = set()  # what the index may still name, or will: not written again before
         self._to_write: Turns[tuple[Block, bytes]] = Turns()
+        self._has_more_to_write = False
         self._to_read: Turns[tuple[StoredBlock, Block]] = Turns()
-        self._pages_to_read = 0
+        self._pages_to_read: Counter[str] = Counter()  # by tenant
         self._page_seconds = 0.0  # how long reads have taken lately; 0: there was none yet
         self._touched: deque[StoredBlock] = deque()
         self._erasing: list[User[StoredBlock]] = []
+        self._erasing_by_name: dict[tuple[str, UserId], list[User[StoredBlock]]] = {}
         self._serials = count(1)
 
     def restore(self, records: Iterable[StoredRecord], published: Container[Key] = ()) -> None:
@@ -244,9 +249,14 @@ class Disk:
             record.is_touched = False
         return [(record.name, record.touched_at) for record in touched if record.is_kept]
 
-    def reading_seconds(self, pages: int) -> float:
-        """Return how long it will take to read so many pages, behind all that wait already; 0 is not known."""
-        return (self._pages_to_read + pages) * self._page_seconds
+    def reading_seconds(self, tenant_name: str, pages: int) -> float:
+        """Return how long a tenant will wait for so many pages more; 0 is not known.
+
+        Each tenant has its turn: of another's queue only as much is read before as this one's is long.
+        """
+        own = self._pages_to_read[tenant_name] + pages
+        others = sum(min(queued, own) for name, queued in self._pages_to_read.items() if name != tenant_name)
+        return (own + others) * self._page_seconds
 
     # What is written
 
@@ -265,14 +275,14 @@ class Disk:
 
     def _is_to_go(self, user: User[Block], key: Key) -> bool:
         """Return whether an erased user of that name still has such a record, which will be forgotten by its name."""
-        return any(
-            erased.id == user.id and erased.tenant.name == user.tenant.name and key in erased.block_by_key
-            for erased in self._erasing
-        )
+        return any(key in erased.block_by_key for erased in self._erasing_by_name.get((user.tenant.name, user.id), ()))
 
     def start_write(self, may_pin: Callable[[Block], bool]) -> tuple[WriteRecord, Block] | None:
         """Return what is to be written now, and the block, which has to stay where it is until the answer."""
-        while self._to_write and len(self.writes) < self.writes_in_flight_max:
+        self._has_more_to_write = False
+        for _ in range(SKIPPED_MAX):
+            if not self._to_write or len(self.writes) >= self.writes_in_flight_max:
+                return None
             block, root = self._to_write.first()
             if block.state is not BlockState.READY or block.user.is_erased or is_on_disk(block):
                 self._to_write.take()
@@ -294,6 +304,7 @@ class Disk:
             op = self._next_op()
             self.writes[op] = (block.record, block)
             return WriteRecord(op, name, block.extent, slot, block.length, block.depth, block.touched_at), block
+        self._has_more_to_write = True
         return None
 
     def end_write(self, op: OpId, *, is_written: bool) -> Block:
@@ -319,7 +330,7 @@ class Disk:
     def queue_read(self, record: StoredBlock, block: Block) -> None:
         """Have a record read into a block that is WRITING; it stays until then."""
         record.reads += 1
-        self._pages_to_read += record.pages
+        self._pages_to_read[record.name.tenant] += record.pages
         self._to_read.put(record.name.tenant, (record, block))
 
     def start_reads(self) -> tuple[list[ReadRecord], list[Block]]:
@@ -352,7 +363,9 @@ class Disk:
         return block
 
     def _end_read(self, record: StoredBlock) -> None:
-        self._pages_to_read -= record.pages
+        self._pages_to_read[record.name.tenant] -= record.pages
+        if not self._pages_to_read[record.name.tenant]:
+            del self._pages_to_read[record.name.tenant]
         record.reads -= 1
         if not record.reads:
             if record.has_to_go or record.user.is_erased:
@@ -387,11 +400,12 @@ class Disk:
             user = tenant.erase(id_) if tenant is not None and id_ is not None else None
             if user is not None:
                 self._erasing.append(user)
+                self._erasing_by_name.setdefault((tenant_name, user.id), []).append(user)
 
     @property
     def due_at(self) -> float | None:
-        """Return when something has to go though nobody needs its room; -inf is now."""
-        return -float("inf") if self._erasing else self.shares.due_at
+        """Return when something has to go though nobody needs its room, or is still to be written; -inf is now."""
+        return -float("inf") if self._erasing or self._has_more_to_write else self.shares.due_at
 
     def tick(self, now: float) -> bool:
         """Let one record go that is due, or see that none of a user is; return whether there was anything to do."""
@@ -401,6 +415,10 @@ class Disk:
                 self.let_go(next(reversed(user.block_by_key.values())))
                 return True
             self._erasing.pop()
+            namesakes = self._erasing_by_name[user.tenant.name, user.id]
+            namesakes.remove(user)
+            if not namesakes:
+                del self._erasing_by_name[user.tenant.name, user.id]
             user.tenant.forget_if_empty(user)
             self.shares.forget_if_empty(user.tenant)
         tenant = self.shares.first_due(now)

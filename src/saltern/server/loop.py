@@ -298,8 +298,12 @@ class Loop:
         """Do what other threads want."""
         with suppress(BlockingIOError):
             self._wake_receiver.recv(4096)
+        until = time.monotonic() + TURN_SECONDS
         for _ in range(len(self._told)):  # what is told meanwhile wakes the loop anew, after messages had their turn
             self._handle(self._told.popleft())
+            if time.monotonic() > until:
+                self._wake()
+                break
         while self._calls:
             future, function = self._calls.popleft()
             future.set_result(function())
