@@ -130,6 +130,10 @@ class Lab:
         adapter = None if lora is None else msgspec.to_builtins(lora)
         return msgspec.convert(self._call("ask", prompt, salt, adapter, embeddings_seed), Answer)
 
+    def block_tokens(self) -> int:
+        """Return how long the running engine's blocks of the cache are."""
+        return int(self._call("block_tokens"))
+
     def forget(self, what: str) -> None:
         """Let the running engine leave something out of its keys, so that a test may see what that leads to.
 
@@ -251,6 +255,10 @@ class Bench:
                 return
             self._llm.llm_engine.step()
         raise AssertionError("the engine never came to rest")
+
+    def block_tokens(self) -> int:
+        block_tokens: int = self._core.scheduler.connector._geometry.block_tokens
+        return block_tokens
 
     def forget(self, what: str) -> None:
         from saltern.vllm import connector as module

@@ -59,8 +59,7 @@ class Bench:
         self.user = f"user-{next(_numbers)}"
         if name not in _block_tokens:
             self.start()
-            (session,) = server.stats().sessions
-            _block_tokens[name] = session.block_tokens
+            _block_tokens[name] = lab.block_tokens()
         self.block_tokens = _block_tokens[name]
 
     def know(self, *lengths: int) -> None:
