@@ -849,7 +849,9 @@ class Cache:
         assert session.control is not None, "a session asked without a control connection"
         self.loads.wait(session, ask, awaited)
         blocks = sum(load.left for load in awaited)
-        self._send(session.control, Loading(ask.request, blocks=blocks, seconds=self.disk.reading_seconds(tenant.name, 0)))
+        self._send(
+            session.control, Loading(ask.request, blocks=blocks, seconds=self.disk.reading_seconds(tenant.name, 0))
+        )
         self._log("loading", session, tenant=tenant.name, blocks=len(fetched), detail=f"of {len(ask.keys)}")
         return True
 
