@@ -180,7 +180,9 @@ def test_two_who_ask_for_the_same_wait_for_one_load(rig: DiskRig) -> None:
     second = rig.ask(other, ALICE, "ab")
     assert len([work for work in rig.work if isinstance(work, ReadRecord)]) == 3
     rig.do()
-    assert [(answer.request, answer.ready) for answer in rig.sent(Acquired)] == [(first, 3), (second, 2)]
+    assert [(answer.request, answer.ready) for answer in rig.sent(Acquired)] == [(first, 3)]
+    rig.handle(Tick())
+    assert [(answer.request, answer.ready) for answer in rig.sent(Acquired)] == [(second, 2)]
 
 
 def test_a_later_request_waits_for_its_own_part_and_the_part_before(rig: DiskRig) -> None:
@@ -194,6 +196,7 @@ def test_a_later_request_waits_for_its_own_part_and_the_part_before(rig: DiskRig
     rig.work.clear()
     for work in reversed(reads):  # the later load ends first
         rig.handle(RecordRead(work.op, 0.5))
+    rig.handle(Tick())
     assert [(answer.request, answer.ready) for answer in rig.sent(Acquired, other)] == [(second, 4)]
 
 
@@ -721,3 +724,48 @@ class TestRestore:
 
 def test_a_record_has_a_header_and_a_tag() -> None:
     assert [record_pages(length) for length in (1, DISK_PAGE_BYTES - 272, DISK_PAGE_BYTES - 271)] == [1, 1, 2]
+
+
+def test_who_waits_for_one_load_is_answered_in_turn_and_finds_all_of_it() -> None:
+    rig = DiskRig(pages=3)
+    rig.cache.answered_blocks_max = 4
+    engine = rig.engine()
+    rig.store(engine, ALICE, "abc")
+    rig.do()
+    rig.evict(engine)
+    asked = [rig.ask(engine, ALICE, "abc") for _ in range(4)]
+    rig.do()
+    (first,) = rig.sent(Acquired)
+    rig.say(engine, Release(first.lease))
+    assert rig.reserve(engine, BOB, "x").refusal is Refusal.ALL_PINNED, "the others shall find it too"
+    assert rig.cache.due_at == rig.now
+    rig.handle(Tick())
+    second = rig.sent(Acquired)
+    for answer in second:
+        rig.say(engine, Release(answer.lease))
+    assert rig.reserve(engine, BOB, "x").refusal is Refusal.ALL_PINNED
+    rig.handle(Tick())
+    third = rig.sent(Acquired)
+    assert [len(second), len(third)] == [2, 1], "some at a time"
+    answers = [first, *second, *third]
+    assert [answer.request for answer in answers] == asked, "first come, first served"
+    assert [answer.ready for answer in answers] == [3, 3, 3, 3]
+    rig.say(engine, Release(third[0].lease))
+    assert rig.reserve(engine, BOB, "x").refusal is None
+
+
+def test_nothing_is_kept_for_a_session_that_is_gone() -> None:
+    rig = DiskRig(pages=3)
+    engine, other = rig.engine("engine"), rig.engine("other")
+    rig.store(engine, ALICE, "abc")
+    rig.do()
+    rig.evict(engine)
+    for asker in (engine, other, other):
+        rig.ask(asker, ALICE, "abc")
+    rig.do()
+    (answer,) = rig.sent(Acquired, engine)
+    rig.say(engine, Release(answer.lease))
+    rig.hang_up(other)
+    rig.handle(Tick())
+    assert not rig.sent(Acquired)
+    assert rig.reserve(engine, BOB, "x").refusal is None

@@ -38,6 +38,7 @@ class Invariant(Enum):
     WAITS = "nobody waits for nothing"
     FORGOTTEN = "users without pages are forgotten"
     LOADS = "what is READY never waits for the disk, and what is on the disk is fetched where there is room"
+    PIECES = "no event does more than a bounded piece of what waits"
     BOUNDED = "no more is under way to and from the disk at one time than may be"
     WORK = "each operation of the disk is new, and ends once"
     SLOTS = "a slot is never written while the index, a write or a read names it"

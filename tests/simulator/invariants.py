@@ -6,6 +6,7 @@ who is attached) and counts everything else from scratch: a field of the cache i
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 
 from saltern.core.blocks import Block, BlockState
 from saltern.core.cache import Cache
@@ -113,6 +114,7 @@ class Checker:
         self._sessions.check(event, effects)
         late = self._answers.check(event, effects, self._sessions)
         self._books.check(event, effects, late)
+        self._check_pieces(event, late)
         self._check_state(event, effects, late, now)
 
     def check_restored(self, effects: list[Effect], now: float) -> None:
@@ -172,7 +174,7 @@ class Checker:
     def _check_quiet(self) -> None:
         """Check that nothing is under way, and that another server would have the same of the disk as this one."""
         cache, records = self._cache, self._stored()
-        if cache.loads.load_by_block or cache._erasing or cache.disk._erasing:
+        if cache.loads.load_by_block or cache.loads.answerable or cache._erasing or cache.disk._erasing:
             violated(Invariant.DRAINED, f"all is quiet, and {cache.loads.load_by_block or 'an erased user'} remains")
         records.check_quiet(self._tier)
         if self._tier is not None:
@@ -225,6 +227,12 @@ class Checker:
         self._blocks = state.seen
         self._before = state
         self._records = records
+
+    def _check_pieces(self, event: Event, late: "list[Late]") -> None:
+        """Of those who waited for the disk one is answered at once, and a bounded piece of the others at a time."""
+        asked = sum(len(answered.ask.keys) for answered in late[:-1])  # the last one may ask for any number
+        if asked >= (self._cache.answered_blocks_max if isinstance(event, Tick) else 1):
+            violated(Invariant.PIECES, f"{len(late)} requests were answered at once")
 
     def _check_records(self, event: Event, effects: list[Effect], now: float) -> Records:
         records = self._stored()
@@ -462,11 +470,14 @@ def _length(ask: Reserve, index: int, hello: SchedulerHello) -> int:
 
 
 def _pinned(cache: Cache) -> Iterator[Block]:
-    """Yield blocks as often as something pins them: leases, loads, and writes to the disk."""
+    """Yield blocks as often as something pins them: leases, loads that somebody waits for, and writes to the disk."""
     for session in cache.sessions:
         for lease in session.lease_by_id.values():
             yield from lease.blocks
-    for load in {id(load): load for load in cache.loads.load_by_block.values()}.values():
+    loading = dict.fromkeys(cache.loads.load_by_block.values())
+    for waiting in chain(cache.loads.answerable, *(load.waiting for load in loading)):
+        loading |= dict.fromkeys(waiting.loads)
+    for load in loading:
         yield from load.blocks
     for _, block in cache.disk.writes.values():
         yield block

@@ -72,6 +72,7 @@ class Server:
             disk_tenants=disk_tenants,
         )
         self.cache.disk.writes_in_flight_max = self.cache.disk.reads_in_flight_max = disk_in_flight_max
+        self.cache.answered_blocks_max = disk_in_flight_max
         self.tier: DiskTier | None = None
         if platter is not None:
             self.tier = DiskTier(

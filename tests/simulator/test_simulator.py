@@ -24,6 +24,7 @@ from saltern.core.effects import (
     RecordName,
     Send,
     StoredRecord,
+    Tick,
     WipePages,
     WriteRecord,
 )
@@ -103,6 +104,8 @@ def test_seeds_reach_every_answer(monkeypatch: pytest.MonkeyPatch) -> None:
         reached.update(of_states(event, effects))
         reached.update(type(event).__name__ for _ in effects[:1])
         reached.update(type(effect).__name__ for effect in effects)
+        answers = sum(isinstance(effect, Send) and isinstance(effect.message, Acquired) for effect in effects)
+        reached["answered later"] += isinstance(event, Tick) and answers
         reached["erased while it is read"] += isinstance(event, Erased) and event.user in reading
         after = totals(self)
         for name, old, new in zip(TOTALS, before, after, strict=True):
@@ -136,7 +139,7 @@ def test_seeds_reach_every_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     expected |= {"Erased", "WipePages", "erased while it is read", "restored", "restored in vain", "out of patience"}
     expected |= {*TOTALS, *(f"disk {name}" for name in DISK_TOTALS), "doomed and leased", "in several runs"}
     expected |= {"state found", "state granted alone", "state granted with its blocks", "state refused"}
-    expected |= {"states that can't be meant"}
+    expected |= {"states that can't be meant", "answered later"}
     expected |= {f"{refusal}" for refusal in Refusal}
     # Nothing is published here: `tests/core/test_public.py` has lives with publications.
     expected -= {f"{Refusal.NOT_PUBLISHED}"}
@@ -1139,17 +1142,47 @@ def what_was_forgotten_once_is_never_written_again(monkeypatch: pytest.MonkeyPat
 
 @planted(Invariant.WAITS)
 def who_waits_for_the_disk_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Loads, "answerable", lambda self, load: [])
+    def forget_next(self: Cache) -> int:
+        for load in self.loads.leave(self.loads.take()):
+            self._release(Lease(load.blocks, is_write=True))
+        return 1
+
+    monkeypatch.setattr(Cache, "_answer_next", forget_next)
 
 
 @planted(Invariant.ANSWERS)
 def who_waits_for_the_disk_is_answered_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    answerable = Loads.answerable
+    send = Cache._send
 
-    def answerable_twice(self: Loads, load: Load) -> list[Waiting]:
-        return [waiting for waiting in answerable(self, load) for _ in range(2)]
+    def send_twice(self: Cache, connection: ConnectionId, message: Reply) -> None:
+        send(self, connection, message)
+        if isinstance(message, Acquired) and self.loads.answerable:
+            send(self, connection, message)
 
-    monkeypatch.setattr(Loads, "answerable", answerable_twice)
+    monkeypatch.setattr(Cache, "_send", send_twice)
+
+
+@planted(Invariant.PIECES)
+def all_who_wait_for_a_load_are_answered_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer_next = Cache._answer_next
+
+    def answer_all(self: Cache) -> int:
+        while len(self.loads.answerable) > 1:
+            answer_next(self)
+        return answer_next(self)
+
+    monkeypatch.setattr(Cache, "_answer_next", answer_all)
+
+
+@planted(Invariant.PINS)
+def a_load_is_kept_for_the_first_who_waits_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    leave = Loads.leave
+
+    def leave_for_all(self: Loads, waiting: Waiting) -> list[Load]:
+        left = leave(self, waiting)
+        return [load for load in waiting.loads if load in left or len(load.waiting) == 1]
+
+    monkeypatch.setattr(Loads, "leave", leave_for_all)
 
 
 @planted(Invariant.ANSWERS)

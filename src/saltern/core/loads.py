@@ -1,9 +1,11 @@
 """Loads: blocks on their way from the disk into the arena, and the requests that wait for them.
 
 To the RAM tier a load is a store by the server itself: its blocks are WRITING, under all the rules for room, until each
-is READY or lost. They stay pinned until the last of them has come, so that who waits finds all of them.
+is READY or lost. They stay pinned until the last request that waits for them is answered, so that each finds all of
+them. The first is answered as the last block comes, the others some at a time, in the order in which they could be.
 """
 
+from collections import deque
 from collections.abc import Collection
 
 from saltern.core.blocks import Block
@@ -11,10 +13,7 @@ from saltern.core.leases import Session
 from saltern.core.messages import Acquire
 
 WAITING_MAX = 32
-"""Requests of one session that may wait at one time; a further one is answered by what is in RAM.
-
-All that wait for one load are answered at once, each in half a microsecond a block.
-"""
+"""Requests of one session that may wait at one time; a further one is answered by what is in RAM."""
 
 
 class Load:
@@ -25,25 +24,27 @@ class Load:
     def __init__(self, blocks: list[Block]) -> None:
         self.blocks = blocks
         self.left = len(blocks)
-        self.waiting: list[Waiting] = []
+        self.waiting: dict[Waiting, None] = {}  # requests that are not answered yet
 
 
 class Waiting:
-    """A request, and for how many loads it waits."""
+    """A request, and the loads that it waits for: `left` of them have not ended."""
 
-    __slots__ = ("ask", "left", "session")
+    __slots__ = ("ask", "left", "loads", "session")
 
-    def __init__(self, session: Session, ask: Acquire, left: int) -> None:
+    def __init__(self, session: Session, ask: Acquire, loads: Collection[Load]) -> None:
         self.session = session
         self.ask = ask
-        self.left = left
+        self.loads = loads
+        self.left = len(loads)
 
 
 class Loads:
-    """All that are under way."""
+    """All that are under way, and the requests that can be answered now."""
 
     def __init__(self) -> None:
         self.load_by_block: dict[Block, Load] = {}
+        self.answerable: deque[Waiting] = deque()  # at most `WAITING_MAX` of each session
 
     def begin(self, blocks: list[Block]) -> Load:
         """Expect blocks."""
@@ -53,23 +54,33 @@ class Loads:
 
     def wait(self, session: Session, ask: Acquire, loads: Collection[Load]) -> None:
         """Have a request wait for all of these."""
-        waiting = Waiting(session, ask, len(loads))
+        waiting = Waiting(session, ask, loads)
         session.waiting += 1
         for load in loads:
-            load.waiting.append(waiting)
+            load.waiting[waiting] = None
 
     def end(self, block: Block) -> Load | None:
-        """Expect a block no longer, and return its load if it was the last of it."""
+        """Expect a block no longer; if it was the last of its load, whoever waited for that alone can be answered.
+
+        Return a load that has ended if nobody waits for it.
+        """
         load = self.load_by_block.pop(block)
         load.left -= 1
-        return None if load.left else load
-
-    def answerable(self, load: Load) -> list[Waiting]:
-        """Return the requests that waited for this load last."""
-        answerable: list[Waiting] = []
+        if load.left:
+            return None
         for waiting in load.waiting:
             waiting.left -= 1
             if not waiting.left:
-                waiting.session.waiting -= 1
-                answerable.append(waiting)
-        return answerable
+                self.answerable.append(waiting)
+        return None if load.waiting else load
+
+    def take(self) -> Waiting:
+        """Take the request that could be answered first. Call `leave` once it is."""
+        return self.answerable.popleft()
+
+    def leave(self, waiting: Waiting) -> list[Load]:
+        """Let a request wait no longer, and return the loads that nobody waits for any more."""
+        waiting.session.waiting -= 1
+        for load in waiting.loads:
+            del load.waiting[waiting]
+        return [load for load in waiting.loads if not load.waiting]
