@@ -33,11 +33,12 @@ from saltern.core.effects import (
     WipePages,
     WriteRecord,
 )
-from saltern.core.extents import Run
+from saltern.core.extents import Run, extent_pages
 from saltern.core.keys import UserId
 from saltern.core.leases import ConnectionId
 from saltern.core.messages import (
     DEFAULT_TENANT,
+    Abort,
     Acquire,
     Acquired,
     Commit,
@@ -49,7 +50,7 @@ from saltern.core.messages import (
     Release,
 )
 from saltern.core.tenants import NO_LIMITS, Limits
-from tests.core.rig import ALICE, BOB, PAGE_BYTES, Rig, keys
+from tests.core.rig import ALICE, BOB, CAROL, PAGE_BYTES, Rig, keys
 
 Work = WriteRecord | ReadRecord | ForgetRecords
 
@@ -127,6 +128,11 @@ class DiskRig(Rig):
         number = next(self._requests)
         self.say(engine, Acquire(number, user, keys(prompt), start, block_seconds=block_seconds))
         return number
+
+
+def wiped(rig: Rig) -> int:
+    """Return how many pages the last event has had wiped."""
+    return sum(extent_pages(effect.extent) for effect in rig.effects if isinstance(effect, WipePages))
 
 
 def _full(work: Work) -> Event | None:
@@ -520,8 +526,55 @@ class TestErase:
         assert rig.used_pages == 2
         rig.do()
         rig.say(engine, Release(lease))
+        assert (rig.used_pages, rig.cache.due_at) == (2, rig.now)
+        rig.handle(Tick())
+        assert (rig.used_pages, wiped(rig)) == (0, 2)
+
+    def test_what_a_lease_held_is_wiped_some_at_a_time_and_nobodys_before(self) -> None:
+        tenants = {"acme": Limits(guarantee_bytes=4 * PAGE_BYTES)}
+        rig = DiskRig(pages=10, disk_pages=0, tenants=tenants, in_flight_max_bytes=6 * PAGE_BYTES)
+        rig.cache.erased_bytes_max = 2 * PAGE_BYTES
+        engine = rig.engine()
+        rig.store(engine, ALICE, "abcd")
+        lease = rig.acquire(engine, ALICE, "abcd").lease
+        rig.handle(Erased(DEFAULT_TENANT, ALICE))
+        rig.handle(Tick())
+        rig.say(engine, Release(lease))
+        assert (rig.used_pages, wiped(rig)) == (4, 0), "a lease may hold any number"
+        default = rig.cache.default_tenant
+        assert (default.used_pages, default.held_pages) == (4, 4), "charged, and counted among what can't go"
+        assert rig.reserve(engine, BOB, "x").refusal is Refusal.IN_FLIGHT
+        assert len(rig.reserve(engine, CAROL, "kl", tenant="acme").grants) == 2, "what is kept for it"
+        for left in (2, 0):
+            rig.handle(Tick())
+            assert (default.used_pages, default.held_pages, wiped(rig)) == (left, left, 2)
+        assert ALICE not in default.user_by_id
+
+    def test_what_expires_of_an_erased_user_is_wiped_some_at_a_time(self) -> None:
+        rig = DiskRig(disk_pages=0, limits=Limits(ttl_seconds=5.0))
+        rig.cache.erased_bytes_max = 2 * PAGE_BYTES
+        rig.store(rig.engine(), ALICE, "abcdef")
+        rig.now += 10.0
+        rig.handle(Erased(DEFAULT_TENANT, ALICE))
+        for _ in range(3):
+            rig.handle(Tick())
+            assert wiped(rig) == 2
         assert rig.used_pages == 0
-        assert len([effect for effect in rig.effects if isinstance(effect, WipePages)]) == 2
+
+    def test_what_is_aborted_of_an_erased_user_is_wiped_some_at_a_time(self) -> None:
+        """Somebody else may have continued it, with any number of blocks that nobody holds."""
+        rig = DiskRig(disk_pages=0)
+        rig.cache.erased_bytes_max = 2 * PAGE_BYTES
+        engine, other = rig.engine(), rig.engine("other")
+        lease = rig.reserve(engine, ALICE, "a").lease
+        rig.store(other, ALICE, "abcdef")
+        rig.handle(Erased(DEFAULT_TENANT, ALICE))
+        rig.say(engine, Abort(lease))
+        assert wiped(rig) == 0
+        for _ in range(3):
+            rig.handle(Tick())
+            assert wiped(rig) == 2
+        assert rig.used_pages == 0
 
     def test_what_was_being_stored_is_not(self, rig: DiskRig) -> None:
         engine = rig.engine()
@@ -586,6 +639,7 @@ class TestErase:
         rig.handle(Tick())
         assert rig.used_pages == 3, "the disk still reads them"
         rig.do()
+        rig.handle(Tick())
         assert (rig.used_pages, rig.on_disk, rig.index) == (0, 0, {})
 
     def test_what_is_being_read_is_not_there_when_it_comes(self, rig: DiskRig) -> None:

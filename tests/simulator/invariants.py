@@ -29,6 +29,7 @@ from saltern.core.effects import (
     TenantRemoved,
     TenantSet,
     Tick,
+    WipePages,
     WriteRecord,
 )
 from saltern.core.extents import Extent
@@ -114,7 +115,7 @@ class Checker:
         self._sessions.check(event, effects)
         late = self._answers.check(event, effects, self._sessions)
         self._books.check(event, effects, late)
-        self._check_pieces(event, late)
+        self._check_pieces(event, effects, late)
         self._check_state(event, effects, late, now)
 
     def check_restored(self, effects: list[Effect], now: float) -> None:
@@ -174,8 +175,10 @@ class Checker:
     def _check_quiet(self) -> None:
         """Check that nothing is under way, and that another server would have the same of the disk as this one."""
         cache, records = self._cache, self._stored()
-        if cache.loads.load_by_block or cache.loads.answerable or cache._erasing or cache.disk._erasing:
-            violated(Invariant.DRAINED, f"all is quiet, and {cache.loads.load_by_block or 'an erased user'} remains")
+        if cache.loads.load_by_block or cache.loads.answerable:
+            violated(Invariant.DRAINED, f"all is quiet, and {cache.loads.load_by_block or 'who waits'} remains")
+        if cache._erasing or cache._to_wipe or cache.disk._erasing:
+            violated(Invariant.DRAINED, "all is quiet, and an erased user remains")
         records.check_quiet(self._tier)
         if self._tier is not None:
             other = Cache(pages=1, page_bytes=1, disk_pages=cache.disk.pool.pages)
@@ -228,11 +231,24 @@ class Checker:
         self._before = state
         self._records = records
 
-    def _check_pieces(self, event: Event, late: "list[Late]") -> None:
-        """Of those who waited for the disk one is answered at once, and a bounded piece of the others at a time."""
+    def _check_pieces(self, event: Event, effects: list[Effect], late: "list[Late]") -> None:
+        """Who waited for the disk is answered, and what is erased wiped, a bounded piece at a time."""
         asked = sum(len(answered.ask.keys) for answered in late[:-1])  # the last one may ask for any number
         if asked >= (self._cache.answered_blocks_max if isinstance(event, Tick) else 1):
             violated(Invariant.PIECES, f"{len(late)} requests were answered at once")
+        wiped = [run.count for effect in effects if isinstance(effect, WipePages) for run in effect.extent]
+        match event:
+            case Tick():
+                last = [effect for effect in effects if isinstance(effect, WipePages)][-1:]
+                pages = sum(wiped) - sum(run.count for effect in last for run in effect.extent)
+                if pages and pages * self._cache.page_bytes >= self._cache.erased_bytes_max:
+                    violated(Invariant.PIECES, f"{wiped} pages were wiped at once")
+            case Received(message=Reserve() | Acquire()):
+                pass  # for what is evicted
+            case _ if wiped:
+                violated(Invariant.PIECES, f"{wiped} pages were wiped at {event}")
+            case _:
+                pass
 
     def _check_records(self, event: Event, effects: list[Effect], now: float) -> Records:
         records = self._stored()
@@ -470,7 +486,7 @@ def _length(ask: Reserve, index: int, hello: SchedulerHello) -> int:
 
 
 def _pinned(cache: Cache) -> Iterator[Block]:
-    """Yield blocks as often as something pins them: leases, loads that somebody waits for, and writes to the disk."""
+    """Yield blocks as often as something pins them: leases, loads that are waited for, the disk, a wipe to come."""
     for session in cache.sessions:
         for lease in session.lease_by_id.values():
             yield from lease.blocks
@@ -481,6 +497,7 @@ def _pinned(cache: Cache) -> Iterator[Block]:
         yield from load.blocks
     for _, block in cache.disk.writes.values():
         yield block
+    yield from cache._to_wipe
 
 
 class Seen:
@@ -503,7 +520,7 @@ class State(Holdings[Block]):
         self._cache = cache
         self._linked: list[Block] = []
         self._block_by_name: dict[tuple[str, UserId, Key], Block] = {}
-        self._pins_by_block: dict[Block, int] = {}  # leases, loads and writes to the disk
+        self._pins_by_block: dict[Block, int] = {}  # see `_pinned`
         self._parents: set[Block] = set()
         self.free_pages = cache.pool.free_pages
         self.loading = set(cache.loads.load_by_block)

@@ -73,6 +73,7 @@ class Server:
         )
         self.cache.disk.writes_in_flight_max = self.cache.disk.reads_in_flight_max = disk_in_flight_max
         self.cache.answered_blocks_max = disk_in_flight_max
+        self.cache.erased_bytes_max = disk_in_flight_max * page_bytes
         self.tier: DiskTier | None = None
         if platter is not None:
             self.tier = DiskTier(

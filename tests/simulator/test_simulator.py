@@ -106,6 +106,7 @@ def test_seeds_reach_every_answer(monkeypatch: pytest.MonkeyPatch) -> None:
         reached.update(type(effect).__name__ for effect in effects)
         answers = sum(isinstance(effect, Send) and isinstance(effect.message, Acquired) for effect in effects)
         reached["answered later"] += isinstance(event, Tick) and answers
+        reached["wiped later"] += bool(self._to_wipe)
         reached["erased while it is read"] += isinstance(event, Erased) and event.user in reading
         after = totals(self)
         for name, old, new in zip(TOTALS, before, after, strict=True):
@@ -139,7 +140,7 @@ def test_seeds_reach_every_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     expected |= {"Erased", "WipePages", "erased while it is read", "restored", "restored in vain", "out of patience"}
     expected |= {*TOTALS, *(f"disk {name}" for name in DISK_TOTALS), "doomed and leased", "in several runs"}
     expected |= {"state found", "state granted alone", "state granted with its blocks", "state refused"}
-    expected |= {"states that can't be meant", "answered later"}
+    expected |= {"states that can't be meant", "answered later", "wiped later"}
     expected |= {f"{refusal}" for refusal in Refusal}
     # Nothing is published here: `tests/core/test_public.py` has lives with publications.
     expected -= {f"{Refusal.NOT_PUBLISHED}"}
@@ -1250,6 +1251,35 @@ def what_is_erased_is_not_overwritten(monkeypatch: pytest.MonkeyPatch) -> None:
         self._effects[:] = [effect for effect in self._effects if not isinstance(effect, WipePages)]
 
     monkeypatch.setattr(Cache, "_free", free_as_it_is)
+
+
+@planted(Invariant.PIECES)
+def what_an_erased_user_had_is_wiped_as_a_lease_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    unpinned = Cache._unpinned
+
+    def wipe_at_once(self: Cache, block: Block) -> None:
+        unpinned(self, block)
+        while self._to_wipe:
+            self._erase_some()
+
+    monkeypatch.setattr(Cache, "_unpinned", wipe_at_once)
+
+
+@planted(Invariant.PIECES)
+def all_that_erased_users_had_is_wiped_by_one_tick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Cache, "_has_wiped_enough", False)
+
+
+@planted(Invariant.CHARGES)
+def what_waits_to_be_wiped_may_be_pinned_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    unpinned = Cache._unpinned
+
+    def unpin_and_count(self: Cache, block: Block) -> None:
+        unpinned(self, block)
+        if block in self._to_wipe:
+            self.shares.count_held(block.user.tenant, -block.pages)
+
+    monkeypatch.setattr(Cache, "_unpinned", unpin_and_count)
 
 
 # Sessions and answers

@@ -8,6 +8,7 @@ Read `blocks` (the life of a block) and `leases` (the life of a session) first.
 """
 
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Iterable, Mapping
 from itertools import count
 from math import inf
@@ -92,7 +93,7 @@ LEASED_BLOCKS_MAX = 1_048_576
 engine has room for. One that never gives its leases back must not fill the server's memory with them."""
 
 ERASE_BYTES = 4 * 1024 * 1024
-"""What one `Tick` lets go of erased users, and overwrites with zeros: half a millisecond."""
+"""What one `Tick` overwrites with zeros of what erased users had: half a millisecond. A larger block goes alone."""
 
 TICK_BLOCKS = 64
 """Most blocks that one `Tick` lets go: half a millisecond, so that it holds up nobody's lookup."""
@@ -148,7 +149,10 @@ class Cache:
         self.publication_by_id: dict[PublicationId, Publication] = {}
         self._naming_secret = naming_secret
         self._signing_secrets = signing_secrets
+        self.erased_bytes_max = ERASE_BYTES
         self._erasing: list[User[Block]] = []
+        self._to_wipe: deque[Block] = deque()  # of erased users; charged for and pinned until they are wiped
+        self._wiped_pages = 0  # by this `Tick`
         self._erased_at: dict[tuple[str, UserId | None], float] = {}
         self._serials = count(1)
         self._lease_ids = count(1)
@@ -258,7 +262,7 @@ class Cache:
     @property
     def due_at(self) -> float | None:
         """Return when the shell shall send a `Tick`; None is never."""
-        if self._erasing or self.loads.answerable:
+        if self._erasing or self._to_wipe or self.loads.answerable:
             return self._now
         times = [due_at for due_at in (self.shares.due_at, self.disk.due_at) if due_at is not None]
         return max(min(times), self._now) if times else None
@@ -272,10 +276,12 @@ class Cache:
         return describe_publications(self)
 
     def _tick(self) -> None:
-        """Let go what has expired and what is above lowered limits, and answer who waited: a bounded piece of each."""
-        self._erase_some()
+        """Let go what is due, wipe what erased users had, and answer who waited: a bounded piece of each."""
+        self._wiped_pages = 0
         gone_by_tenant: dict[str, int] = {}
         for _ in range(TICK_BLOCKS):
+            if self._has_wiped_enough:
+                break  # an erased user's blocks expire as well
             tenant = self.shares.first_due(self._now)
             if tenant is None:
                 if not self.disk.tick(self._now):
@@ -285,6 +291,7 @@ class Cache:
             self.shares.note_due(tenant)
         for name, blocks in gone_by_tenant.items():
             self._log("given-up", None, tenant=name, blocks=blocks)
+        self._erase_some()
         blocks = 0
         while self.loads.answerable and blocks < self.answered_blocks_max:
             blocks += self._answer_next()
@@ -696,7 +703,7 @@ class Cache:
         tenant = lease.blocks[0].user.tenant
         tenant.tally.aborted += len(lease.blocks)
         for block in lease.blocks:
-            if block.state is BlockState.WRITING:
+            if block.state is BlockState.WRITING and not block.user.is_erased:
                 self._doom(block)
         self._release(lease)
         self._log("aborted", session, tenant=tenant.name, blocks=len(lease.blocks))
@@ -874,8 +881,8 @@ class Cache:
 
     def _end_loading(self, block: Block, *, is_there: bool) -> None:
         """Publish a block that has come from the disk, or let it go with all that continues it."""
-        if block.state is BlockState.WRITING:
-            if is_there and not block.user.is_erased:
+        if block.state is BlockState.WRITING and not block.user.is_erased:
+            if is_there:
                 block.state = BlockState.READY
             else:
                 self._doom(block)
@@ -949,20 +956,36 @@ class Cache:
         self._log("erased", None, tenant=tenant_name)
 
     def _erase_some(self) -> None:
-        """Let go a bounded part of what erased users have."""
-        pages = 0
-        while self._erasing and pages * self.page_bytes < ERASE_BYTES:
-            user = self._erasing[-1]
-            if not user.block_by_key:
-                self._erasing.pop()
-                user.tenant.forget_if_empty(user)
-                self.shares.forget_if_empty(user.tenant)
-                continue
-            block = next(reversed(user.block_by_key.values()))
-            while block.children is not None:  # seldom: what continues a block is stored after it
-                block = block.children
-            pages += block.pages
-            self._doom(block)
+        """Unlink, wipe and free a bounded part of what erased users have; what is pinned follows once it isn't."""
+        for _ in range(TICK_BLOCKS):
+            if self._has_wiped_enough:
+                break
+            if self._to_wipe:
+                block = self._to_wipe.popleft()
+                block.pins -= 1
+                self.shares.count_held(block.user.tenant, -block.pages)
+                self._free_if_unheld(block)
+            elif self._erasing:
+                self._unlink_next()
+            else:
+                break
+
+    def _unlink_next(self) -> None:
+        """Take one block of an erased user out of its dictionary, or forget the user if there is none."""
+        user = self._erasing[-1]
+        if not user.block_by_key:
+            self._erasing.pop()
+            user.tenant.forget_if_empty(user)
+            self.shares.forget_if_empty(user.tenant)
+            return
+        block = next(reversed(user.block_by_key.values()))
+        while block.children is not None:  # seldom: what continues a block is stored after it
+            block = block.children
+        self._doom(block)
+
+    @property
+    def _has_wiped_enough(self) -> bool:
+        return self._wiped_pages * self.page_bytes >= self.erased_bytes_max
 
     def _is_of_erased(self, ask: Reserve) -> bool:
         """Return whether a request began before its user was erased, or its tenant."""
@@ -1024,6 +1047,11 @@ class Cache:
 
     def _unpinned(self, block: Block) -> None:
         """Follow the loss of a block's last pin: what it continues loses one, and what is doomed goes."""
+        if block.state is BlockState.DOOMED and block.user.is_erased:
+            # A lease may hold any number. Until `_erase_some` comes to it, nobody can have its room: so it is pinned.
+            block.pins = 1
+            self._to_wipe.append(block)
+            return
         tenant = block.user.tenant
         pages = block.pages
         above = block.parent
@@ -1098,6 +1126,7 @@ class Cache:
         """Give the pages of a block back that nobody is charged for any more."""
         if block.user.is_erased:
             self._effects.append(WipePages(block.extent))
+            self._wiped_pages += block.pages
         self.pool.free(block.extent)
         block.user.tenant.forget_if_empty(block.user)
         self.shares.forget_if_empty(block.user.tenant)
