@@ -36,6 +36,7 @@ from saltern.core.effects import (
 from saltern.core.extents import Run, extent_pages
 from saltern.core.keys import UserId
 from saltern.core.leases import ConnectionId
+from saltern.core.loads import WAITING_MAX
 from saltern.core.messages import (
     DEFAULT_TENANT,
     Abort,
@@ -263,7 +264,7 @@ def test_what_is_in_ram_does_not_make_the_disk_worth_waiting_for(rig: DiskRig) -
 
 
 def test_a_long_queue_of_one_tenant_makes_the_disk_no_slower_for_another() -> None:
-    rig = DiskRig(pages=20, disk_pages=40)
+    rig = DiskRig(pages=40, disk_pages=40)
     engine = rig.engine()
     long = "abcdefghijklmno"
     rig.store(engine, ALICE, long, tenant="acme")
@@ -455,8 +456,41 @@ def _skipped(rig: DiskRig) -> int:
     return stats.skipped
 
 
+def test_those_who_wait_of_one_tenant_leave_room_for_those_of_another() -> None:
+    rig = DiskRig(pages=8, disk_pages=8)
+    engine = rig.engine()
+    for tenant in ("acme", "globex"):
+        rig.store(engine, ALICE, "a", tenant=tenant)
+    rig.do()
+    for limits in (Limits(limit_bytes=0), NO_LIMITS):  # out of memory with it
+        for name in ("acme", "globex"):
+            rig.handle(TenantSet(name, limits))
+        rig.handle(Tick())
+    for _ in range(WAITING_MAX):
+        rig.say(engine, Acquire(next(rig._requests), ALICE, keys("a"), 0, tenant="acme"))
+        assert rig.sent(Loading)
+    rig.say(engine, Acquire(next(rig._requests), ALICE, keys("a"), 0, tenant="acme"))
+    assert [answer.ready for answer in rig.sent(Acquired)] == [0]
+    rig.say(engine, Acquire(next(rig._requests), ALICE, keys("a"), 0, tenant="globex"))
+    assert rig.sent(Loading)
+
+
+def test_a_disk_that_hangs_leaves_half_of_the_memory_to_what_is_stored() -> None:
+    rig = DiskRig(pages=8, disk_pages=8)
+    engine = rig.engine()
+    rig.store(engine, ALICE, "abcdef")
+    rig.do()
+    rig.evict(engine)
+    rig.ask(engine, ALICE, "abcdef")
+    assert [loading.blocks for loading in rig.sent(Loading)] == [4]
+    assert len(rig.store(engine, BOB, "bcde").grants) == 4
+    rig.do()
+    rig.handle(Tick())
+    assert rig.cache.loads.pages == 0
+
+
 def test_only_so_many_are_read_at_a_time() -> None:
-    rig = DiskRig(pages=20, disk_pages=40)
+    rig = DiskRig(pages=40, disk_pages=40)
     engine = rig.engine()
     prompt = "abcdefghijklmno"
     rig.store(engine, ALICE, prompt)
@@ -780,7 +814,8 @@ def test_a_record_has_a_header_and_a_tag() -> None:
     assert [record_pages(length) for length in (1, DISK_PAGE_BYTES - 272, DISK_PAGE_BYTES - 271)] == [1, 1, 2]
 
 
-def test_who_waits_for_one_load_is_answered_in_turn_and_finds_all_of_it() -> None:
+def test_who_waits_for_one_load_is_answered_in_turn_and_finds_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("saltern.core.cache.LOADING_SHARE", 1)
     rig = DiskRig(pages=3)
     rig.cache.answered_blocks_max = 4
     engine = rig.engine()

@@ -4,12 +4,12 @@ The checker keeps books of its own from the messages alone (which keys were gran
 who is attached) and counts everything else from scratch: a field of the cache is never its own witness.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 
 from saltern.core.blocks import Block, BlockState
-from saltern.core.cache import Cache
+from saltern.core.cache import LOADING_SHARE, Cache
 from saltern.core.disk import StoredBlock
 from saltern.core.effects import (
     Close,
@@ -35,6 +35,7 @@ from saltern.core.effects import (
 from saltern.core.extents import Extent
 from saltern.core.keys import Key, UserId
 from saltern.core.leases import SessionState
+from saltern.core.loads import Load
 from saltern.core.messages import (
     DEFAULT_TENANT,
     Abort,
@@ -405,6 +406,7 @@ class Checker:
         never = over(pages * size, limits.limit_bytes) or over(pages * size, limits.user_limit_bytes)
         never = never or pages > state.pages
         held = over(pages + self._before.unpinned_pages(parent), self._before.may_hold(ask.tenant))
+        never = never or _loaded_pages(self._cache) >= state.pages // LOADING_SHARE
         if coming[0] in state.loading or not (never or held or state.room_refused(ask, pages, (now, -len(found)))):
             violated(Invariant.LOADS, f"{ask} was answered without {coming}")
 
@@ -485,15 +487,24 @@ def _length(ask: Reserve, index: int, hello: SchedulerHello) -> int:
     return hello.state_bytes if ask.ends_in_state and index == len(ask.keys) - 1 else hello.block_bytes
 
 
+def _loads(cache: Cache) -> Iterable[Load]:
+    """Return the loads that have not ended, or that somebody still waits for."""
+    loading = dict.fromkeys(cache.loads.load_by_block.values())
+    for waiting in chain(cache.loads.answerable, *(load.waiting for load in loading)):
+        loading |= dict.fromkeys(waiting.loads)
+    return loading
+
+
+def _loaded_pages(cache: Cache) -> int:
+    return sum(block.pages for load in _loads(cache) for block in load.blocks)
+
+
 def _pinned(cache: Cache) -> Iterator[Block]:
     """Yield blocks as often as something pins them: leases, loads that are waited for, the disk, a wipe to come."""
     for session in cache.sessions:
         for lease in session.lease_by_id.values():
             yield from lease.blocks
-    loading = dict.fromkeys(cache.loads.load_by_block.values())
-    for waiting in chain(cache.loads.answerable, *(load.waiting for load in loading)):
-        loading |= dict.fromkeys(waiting.loads)
-    for load in loading:
+    for load in _loads(cache):
         yield from load.blocks
     for _, block in cache.disk.writes.values():
         yield block
@@ -524,6 +535,10 @@ class State(Holdings[Block]):
         self._parents: set[Block] = set()
         self.free_pages = cache.pool.free_pages
         self.loading = set(cache.loads.load_by_block)
+        if cache.loads.pages != _loaded_pages(cache):
+            violated(
+                Invariant.CHARGES, f"{cache.loads.pages} pages are said to be loaded, and {_loaded_pages(cache)} are"
+            )
         for block in _pinned(cache):
             self._pins_by_block[block] = self._pins_by_block.get(block, 0) + 1
         tenants = cache.tenant_by_name.values()

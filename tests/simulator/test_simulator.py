@@ -1,7 +1,7 @@
 """The simulator's own test: honest seeds pass, reach what they should, and each invariant catches a planted bug."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from itertools import count
 from typing import Any
 
@@ -120,8 +120,8 @@ def test_seeds_reach_every_answer(monkeypatch: pytest.MonkeyPatch) -> None:
                     reached["in several runs"] += len(block.extent) > 1
         return effects
 
-    def counting_restore(self: Disk, records: list[StoredRecord]) -> None:
-        restore(self, records)
+    def counting_restore(self: Disk, records: list[StoredRecord], published: Container[Key]) -> None:
+        restore(self, records, published)
         reached["restored"] += len(records)
         reached["restored in vain"] += len(self._to_forget)
 
@@ -1126,7 +1126,7 @@ def a_row_is_committed_before_its_record_is_written(monkeypatch: pytest.MonkeyPa
 @planted(Invariant.RESTORED)
 def a_restart_misses_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
     restore = Disk.restore
-    monkeypatch.setattr(Disk, "restore", lambda self, records: restore(self, list(records)[1:]))
+    monkeypatch.setattr(Disk, "restore", lambda self, records, published: restore(self, list(records)[1:], published))
 
 
 @planted(Invariant.DRAINED)

@@ -47,7 +47,7 @@ from saltern.core.effects import (
 from saltern.core.extents import PagePool
 from saltern.core.keys import Key, UserId
 from saltern.core.leases import ConnectionId, Lease, Lifeline, Session, SessionState
-from saltern.core.loads import WAITING_MAX, Load, Loads
+from saltern.core.loads import Load, Loads
 from saltern.core.messages import (
     DEFAULT_TENANT,
     PUBLIC_TENANT,
@@ -97,6 +97,9 @@ ERASE_BYTES = 4 * 1024 * 1024
 
 TICK_BLOCKS = 64
 """Most blocks that one `Tick` lets go: half a millisecond, so that it holds up nobody's lookup."""
+
+LOADING_SHARE = 2
+"""Loads may take one in so many pages of the arena: a disk that hangs must leave room for what engines store."""
 
 ANSWERED_BLOCKS = 1024
 """How much is asked for by the requests that one `Tick` answers, of those that waited for the disk: half a millisecond.
@@ -838,21 +841,25 @@ class Cache:
     def _fetch(self, session: Session, ask: Acquire, found: list[Block]) -> bool:
         """Have what continues a READY prefix brought from the disk, and return whether the answer waits for that."""
         coming = self._coming(session, ask, found)
-        if not coming or session.waiting >= WAITING_MAX:
+        if not coming or not self.loads.may_wait(session, ask.tenant):
             return False
         self._touch(found)  # what is to come must not evict what it continues
         tenant = self.shares.tenant(ask.tenant)
         parent = found[-1] if found else None
         awaited: dict[Load, None] = {}
         fetched: list[Block] = []
+        pages = self.loads.pages
         for key, source in zip(ask.keys[len(found) :], coming, strict=False):
             if isinstance(source, Block):
                 awaited[self.loads.load_by_block[source]] = None
                 parent = source
                 continue
+            if pages >= self.pool.pages // LOADING_SHARE:
+                break
             made = self._write(tenant, ask.user, key, parent=parent, length=source.length, at=self._now)
             if isinstance(made, Refusal):
                 break
+            pages += made.pages
             made.record, parent = source, made
             fetched.append(made)
             self.disk.queue_read(source, made)

@@ -12,6 +12,7 @@ A session is one incarnation of one engine: its control connection and the lifel
        └──► gone with all its leases, when the last process that could touch the arena is gone
 """
 
+from collections import Counter
 from enum import Enum
 
 from saltern.core.blocks import Block
@@ -77,5 +78,5 @@ class Session:
         self.state = SessionState.WAITING
         self.lifelines: list[Lifeline] = []  # of those still able to touch the arena
         self.lease_by_id: dict[LeaseId, Lease] = {}
-        self.waiting = 0  # requests, for what comes from the disk
+        self.waiting: Counter[str] = Counter()  # requests by tenant, for what comes from the disk
         self.leased_blocks = 0  # in all of them, each as often as it is leased

@@ -13,17 +13,21 @@ from saltern.core.leases import Session
 from saltern.core.messages import Acquire
 
 WAITING_MAX = 32
-"""Requests of one session that may wait at one time; a further one is answered by what is in RAM."""
+"""Requests of one tenant in one session that may wait at one time; a further one is answered by what is in RAM."""
+
+WAITING_OF_ALL_MAX = 256
+"""The same for all tenants of a session."""
 
 
 class Load:
     """What one request has made come, each block the parent of the next."""
 
-    __slots__ = ("blocks", "left", "waiting")
+    __slots__ = ("blocks", "left", "pages", "waiting")
 
     def __init__(self, blocks: list[Block]) -> None:
         self.blocks = blocks
         self.left = len(blocks)
+        self.pages = sum(block.pages for block in blocks)
         self.waiting: dict[Waiting, None] = {}  # requests that are not answered yet
 
 
@@ -44,18 +48,24 @@ class Loads:
 
     def __init__(self) -> None:
         self.load_by_block: dict[Block, Load] = {}
-        self.answerable: deque[Waiting] = deque()  # at most `WAITING_MAX` of each session
+        self.pages = 0  # of loads that have not ended, or that somebody still waits for
+        self.answerable: deque[Waiting] = deque()  # at most `WAITING_OF_ALL_MAX` of each session
 
     def begin(self, blocks: list[Block]) -> Load:
         """Expect blocks."""
         load = Load(blocks)
+        self.pages += load.pages
         self.load_by_block.update(dict.fromkeys(blocks, load))
         return load
+
+    def may_wait(self, session: Session, tenant: str) -> bool:
+        """Return whether one more request of a tenant may wait."""
+        return session.waiting[tenant] < WAITING_MAX and session.waiting.total() < WAITING_OF_ALL_MAX
 
     def wait(self, session: Session, ask: Acquire, loads: Collection[Load]) -> None:
         """Have a request wait for all of these."""
         waiting = Waiting(session, ask, loads)
-        session.waiting += 1
+        session.waiting[ask.tenant] += 1
         for load in loads:
             load.waiting[waiting] = None
 
@@ -72,7 +82,7 @@ class Loads:
             waiting.left -= 1
             if not waiting.left:
                 self.answerable.append(waiting)
-        return None if load.waiting else load
+        return self._unawaited(load)
 
     def take(self) -> Waiting:
         """Take the request that could be answered first. Call `leave` once it is."""
@@ -80,7 +90,17 @@ class Loads:
 
     def leave(self, waiting: Waiting) -> list[Load]:
         """Let a request wait no longer, and return the loads that nobody waits for any more."""
-        waiting.session.waiting -= 1
+        of_session, tenant = waiting.session.waiting, waiting.ask.tenant
+        of_session[tenant] -= 1
+        if not of_session[tenant]:
+            del of_session[tenant]
         for load in waiting.loads:
             del load.waiting[waiting]
-        return [load for load in waiting.loads if not load.waiting]
+        return [load for load in waiting.loads if self._unawaited(load)]
+
+    def _unawaited(self, load: Load) -> Load | None:
+        """Return a load that has ended if nobody waits for it any more, and count it no longer."""
+        if load.waiting:
+            return None
+        self.pages -= load.pages
+        return load
