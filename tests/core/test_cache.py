@@ -1,7 +1,7 @@
 """The cache's behaviour, a claim each. What no single claim shows, the simulator looks for."""
 
 from math import inf, nan
-from typing import cast
+from typing import Any, NoReturn, cast
 
 import pytest
 
@@ -11,6 +11,7 @@ from saltern.core.effects import Disconnected, Gone, Received, Send
 from saltern.core.extents import extent_pages
 from saltern.core.keys import Key, UserId
 from saltern.core.messages import (
+    DEFAULT_TENANT,
     Abort,
     Acquire,
     Acquired,
@@ -981,6 +982,47 @@ def test_a_snapshot_shows_the_largest_users() -> None:
     (tenant,) = rig.cache.snapshot().tenants
     assert (len(tenant.users), tenant.users_total) == (USERS_SHOWN, USERS_SHOWN + 5)
     assert tenant.users[0].used_bytes == 3 * PAGE_BYTES
+
+
+class Unlistable(dict[Any, Any]):
+    """A dictionary that nobody goes through from one end to the other."""
+
+    def _listed(self) -> NoReturn:
+        pytest.fail("the cost is linear in what there is")
+
+    __iter__ = keys = values = items = _listed
+
+
+def test_a_snapshot_looks_at_none_but_the_users_that_it_shows() -> None:
+    rig = Rig(pages=40)
+    engine = rig.engine()
+    for user in (ALICE, BOB, CAROL):
+        rig.store(engine, user, "ab")
+        rig.acquire(engine, user, "ab")
+    rig.reserve(engine, ALICE, "xyz")
+    tenant, (session,) = rig.cache.default_tenant, rig.cache.sessions
+    tenant.user_by_id = Unlistable(tenant.user_by_id)
+    session.lease_by_id = Unlistable(session.lease_by_id)
+    for known in rig.cache.default_tenant.largest_users():
+        known.block_by_key = Unlistable(known.block_by_key)
+    snapshot = rig.cache.snapshot()
+    (stats,) = snapshot.tenants
+    assert (stats.blocks, stats.users_total, len(stats.users)) == (9, 3, 3)
+    assert (snapshot.arena.pinned_blocks, snapshot.arena.writing_blocks) == (6, 3)
+    assert (snapshot.sessions[0].read_leases, snapshot.sessions[0].write_leases) == (3, 1)
+    of_all = rig.cache.erasable(DEFAULT_TENANT, None)
+    assert (of_all.users, of_all.ram_bytes, of_all.leased_bytes) == (3, 9 * PAGE_BYTES, 9 * PAGE_BYTES)
+    of_alice = rig.cache.erasable(DEFAULT_TENANT, ALICE)
+    assert (of_alice.users, of_alice.ram_bytes, of_alice.leased_bytes) == (1, 5 * PAGE_BYTES, 5 * PAGE_BYTES)
+
+
+def test_all_tenants_share_the_room_for_users_in_a_snapshot() -> None:
+    rig = Rig(pages=USERS_SHOWN + 20)
+    engine = rig.engine()
+    for number in range(USERS_SHOWN // 2 + 5):
+        for tenant in ("acme", DEFAULT_TENANT):
+            rig.store(engine, UserId(number.to_bytes(16, "little")), "a", tenant=tenant)
+    assert [len(tenant.users) for tenant in rig.cache.snapshot().tenants] == [USERS_SHOWN // 2] * 2
 
 
 def test_decisions_are_told_for_the_log() -> None:

@@ -513,6 +513,22 @@ def test_engines_that_disagree_about_a_length_stop_nobody(rig: DiskRig) -> None:
     assert [work.length for work in rig.index.values()] == [PAGE_BYTES], "the record that was first stays"
 
 
+def test_a_user_of_both_tiers_counts_once_and_one_of_the_disk_alone_is_shown_as_well(rig: DiskRig) -> None:
+    engine = rig.engine()
+    rig.store(engine, ALICE, "abc")
+    rig.do()
+    rig.evict(engine)  # by somebody in memory alone
+    rig.store(engine, BOB, "x")
+    rig.do()
+    (tenant,) = rig.cache.snapshot().tenants
+    assert (tenant.users_total, tenant.blocks, tenant.disk_blocks) == (3, 8, 4)
+    assert [(user.blocks, user.disk_blocks) for user in tenant.users] == [(7, 0), (1, 1), (0, 3)]
+    rig.handle(Erased(DEFAULT_TENANT, ALICE))
+    rig.handle(Erased(DEFAULT_TENANT, BOB))
+    (tenant,) = rig.cache.snapshot().tenants
+    assert (tenant.users_total, tenant.blocks, tenant.disk_blocks) == (1, 7, 0)
+
+
 class TestErase:
     """A user is forgotten at once, in all tiers, and what was begun before is never stored."""
 

@@ -165,6 +165,12 @@ class Holdings(Generic[B]):
         for tenant in self.shares.tenant_by_name.values():
             if tenant.used_pages != self.used(tenant.name):
                 violated(Invariant.CHARGES, f"{tenant.name} is charged {tenant.used_pages}, not {self._pages_by_user}")
+            known = tenant.user_by_id.values()
+            if tenant.blocks != sum(len(user.block_by_key) for user in known):
+                violated(Invariant.STATS, f"{tenant.blocks} blocks of {tenant.name} are said to be found")
+            ranked = [(size, user) for size, users in tenant.users_by_size.items() for user in users]
+            if {*ranked} != {(self._pages_by_user.get(user, 0).bit_length(), user) for user in known}:
+                violated(Invariant.STATS, f"{ranked} are said to be the users of {tenant.name}")
             for user in tenant.user_by_id.values():
                 if user.is_erased:
                     violated(Invariant.ERASED, f"{user.id.hex()} of {tenant.name} is erased, and found")

@@ -541,6 +541,8 @@ class State(Holdings[Block]):
             )
         for block in _pinned(cache):
             self._pins_by_block[block] = self._pins_by_block.get(block, 0) + 1
+        leases = [lease for session in cache.sessions for lease in session.lease_by_id.values()]
+        self._writers = [block.user.tenant for lease in leases if lease.is_write for block in lease.blocks]
         tenants = cache.tenant_by_name.values()
         self.users = [user for tenant in tenants for user in tenant.user_by_id.values()] + cache._erasing
         for user in self.users:
@@ -732,6 +734,13 @@ class State(Holdings[Block]):
         for tenant in self._cache.tenant_by_name.values():
             if tenant.held_pages != self.pinned_pages(tenant.name):
                 violated(Invariant.CHARGES, f"{tenant.held_pages} pages of {tenant.name} are said to be pinned")
+            if tenant.leased_to_write != sum(owner is tenant for owner in self._writers):
+                violated(Invariant.STATS, f"{tenant.leased_to_write} blocks of {tenant.name} are said to be written")
+            if tenant.held_blocks != sum(block.user.tenant is tenant for block in self.pinned):
+                violated(Invariant.STATS, f"{tenant.held_blocks} blocks of {tenant.name} are said to be pinned")
+            for user in tenant.user_by_id.values():
+                if user.held_pages != sum(block.pages for block in self.pinned if block.user is user):
+                    violated(Invariant.STATS, f"{user.held_pages} pages of {user.id.hex()} are said to be pinned")
         if self._held_pages_max is None:
             return
         part = {name: self._held_pages_max * self.guarantee(name) // self.pages for name in names}
@@ -1042,6 +1051,9 @@ def check_stats(stats: Stats, page_bytes: int, *, is_erasing: bool) -> None:
     for tenant in tenants:
         used_bytes = sum(user.used_bytes for user in tenant.users)
         is_sum = used_bytes <= tenant.used_bytes if is_erasing else used_bytes == tenant.used_bytes
+        is_sum = is_sum and sum(user.disk_blocks for user in tenant.users) == tenant.disk_blocks
+        sizes = [(user.used_bytes, user.disk_used_bytes) for user in tenant.users]
+        is_sum = is_sum and len(tenant.users) == tenant.users_total and sizes == sorted(sizes, reverse=True)
         if not is_sum or sum(user.blocks for user in tenant.users) != tenant.blocks:
             violated(Invariant.STATS, f"{tenant}")
     sums = sum(tenant.used_bytes for tenant in tenants), sum(tenant.blocks for tenant in tenants)

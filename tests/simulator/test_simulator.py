@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from saltern.core import shares as shares_module
 from saltern.core.blocks import Block, BlockState
 from saltern.core.cache import Cache
+from saltern.core.census import Census
 from saltern.core.disk import Disk, RecordState, StoredBlock
 from saltern.core.effects import (
     Close,
@@ -1277,9 +1278,56 @@ def what_waits_to_be_wiped_may_be_pinned_anew(monkeypatch: pytest.MonkeyPatch) -
     def unpin_and_count(self: Cache, block: Block) -> None:
         unpinned(self, block)
         if block in self._to_wipe:
-            self.shares.count_held(block.user.tenant, -block.pages)
+            self.shares.count_held(block.user, pages=-block.pages, blocks=-1)
 
     monkeypatch.setattr(Cache, "_unpinned", unpin_and_count)
+
+
+# Counts
+
+
+@planted(Invariant.STATS)
+def blocks_of_who_is_erased_are_still_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    erase = Tenant.erase
+
+    def erase_and_count(self: Tenant[Any], user_id: UserId) -> User[Any] | None:
+        user = erase(self, user_id)
+        self.blocks += len(user.block_by_key) if user is not None else 0
+        return user
+
+    monkeypatch.setattr(Tenant, "erase", erase_and_count)
+
+
+@planted(Invariant.STATS)
+def who_has_shrunk_stands_among_the_larger(monkeypatch: pytest.MonkeyPatch) -> None:
+    rank = Tenant.rank
+
+    def rank_growth(self: Tenant[Any], user: User[Any], before: int, after: int) -> None:
+        if not 0 < after < before:
+            rank(self, user, before, after)
+
+    monkeypatch.setattr(Tenant, "rank", rank_growth)
+
+
+@planted(Invariant.STATS)
+def a_user_of_both_tiers_counts_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    users = Census.users
+    monkeypatch.setattr(
+        Census, "users", lambda self, tenant: users(self, tenant) and sum(self._tiers_by_user[tenant].values())
+    )
+
+
+@planted(Invariant.STATS)
+def a_lease_that_falls_is_still_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    drop = Cache._drop_if_unreachable
+
+    def drop_and_count(self: Cache, session: Session) -> None:
+        before = {tenant: tenant.leased_to_write for tenant in self.tenant_by_name.values()}
+        drop(self, session)
+        for tenant, written in before.items():
+            tenant.leased_to_write = written
+
+    monkeypatch.setattr(Cache, "_drop_if_unreachable", drop_and_count)
 
 
 # Sessions and answers

@@ -14,6 +14,7 @@ from itertools import count
 from math import inf
 
 from saltern.core.blocks import Block, BlockState
+from saltern.core.census import Census
 from saltern.core.describe import describe, describe_erasable, describe_publications
 from saltern.core.disk import Disk, StoredBlock, is_on_disk
 from saltern.core.effects import (
@@ -136,13 +137,15 @@ class Cache:
     ) -> None:
         self.page_bytes = page_bytes
         self.pool = PagePool(pages)
+        self.census = Census()
         self.shares: Shares[Block] = Shares(
             tenants,
             pages=pages,
             page_bytes=page_bytes,
             in_flight_max_pages=None if in_flight_max_bytes is None else in_flight_max_bytes // page_bytes,
+            census=self.census,
         )
-        self.disk = Disk(disk_pages, disk_tenants)
+        self.disk = Disk(disk_pages, disk_tenants, self.census)
         self.loads = Loads()
         self.answered_blocks_max = ANSWERED_BLOCKS
         self.session_by_control: dict[ConnectionId, Session] = {}
@@ -271,7 +274,7 @@ class Cache:
         return max(min(times), self._now) if times else None
 
     def snapshot(self) -> Snapshot:
-        """Describe everything as of now; the cost is linear in the users, not in the blocks."""
+        """Describe everything as of now; the cost is linear in the tenants, not in their users or blocks."""
         return describe(self)
 
     def publications(self) -> tuple[PublicationStats, ...]:
@@ -462,12 +465,12 @@ class Cache:
         if session.control is not None or session.lifelines:
             return
         self.sessions.remove(session)
-        for lease in session.lease_by_id.values():
+        for lease_id, lease in list(session.lease_by_id.items()):
+            _end_lease(session, lease_id, is_write=lease.is_write)
             if lease.is_write:
                 self._abort(session, lease)
             else:
                 self._release(lease)
-        session.lease_by_id.clear()
 
     # The four verbs
 
@@ -652,7 +655,7 @@ class Cache:
             serial=stamp[2],
             evicted_for_it=evicted > 0,
         )
-        user.block_by_key[key] = block
+        user.link(key, block)
         self._charge(user, pages)
         self._pin([block])
         if tenant.name == PUBLIC_TENANT:
@@ -970,7 +973,7 @@ class Cache:
             if self._to_wipe:
                 block = self._to_wipe.popleft()
                 block.pins -= 1
-                self.shares.count_held(block.user.tenant, -block.pages)
+                self.shares.count_held(block.user, pages=-block.pages, blocks=-1)
                 self._free_if_unheld(block)
             elif self._erasing:
                 self._unlink_next()
@@ -1035,20 +1038,24 @@ class Cache:
         lease_id = next(self._lease_ids)
         session.lease_by_id[lease_id] = Lease(blocks, is_write=is_write)
         session.leased_blocks += len(blocks)
+        if is_write:
+            session.write_leases += 1
+            blocks[0].user.tenant.leased_to_write += len(blocks)
         return lease_id
 
     def _pin(self, blocks: list[Block]) -> None:
         """Pin blocks once more, each the parent of the next, and thereby all that the first of them continues."""
-        pages = 0
+        pages = held = 0
         above: Block | None = blocks[-1] if blocks else None
         while above is not None:
             above.pins += 1
             if above.pins > 1:
                 break
             pages += above.pages
+            held += 1
             above = above.parent
-        if pages:
-            self.shares.count_held(blocks[-1].user.tenant, pages)
+        if held:
+            self.shares.count_held(blocks[-1].user, pages=pages, blocks=held)
         for block in blocks[:-1]:  # for the lease; the last has its pin, and a pin for their child all have by now
             block.pins += 1
 
@@ -1059,16 +1066,16 @@ class Cache:
             block.pins = 1
             self._to_wipe.append(block)
             return
-        tenant = block.user.tenant
-        pages = block.pages
+        pages, held = block.pages, 1
         above = block.parent
         while above is not None:
             above.pins -= 1
             if above.pins:
                 break
             pages += above.pages
+            held += 1
             above = above.parent
-        self.shares.count_held(tenant, -pages)
+        self.shares.count_held(block.user, pages=-pages, blocks=-held)
         if block.state is BlockState.DOOMED:
             self._free_if_unheld(block)
         else:
@@ -1096,8 +1103,8 @@ class Cache:
                 above = block.parent
                 above.pins -= 1
                 if not above.pins:  # it was pinned only by what continues it
-                    self.shares.count_held(above.user.tenant, -above.pages)
-            del block.user.block_by_key[block.key]
+                    self.shares.count_held(above.user, pages=-above.pages, blocks=-1)
+            block.user.unlink(block.key)
             block.user.order.withdraw(block)
             block.state = BlockState.DOOMED
         for block in doomed:
@@ -1113,14 +1120,13 @@ class Cache:
     def _relink(self, victim: Block, parent: Block | None) -> None:
         """Undo the unlinking of a leaf that nobody pins."""
         victim.state = BlockState.READY
-        victim.user.block_by_key[victim.key] = victim
+        victim.user.link(victim.key, victim)
         victim.join_parent(parent)
         self._charge(victim.user, victim.pages)
         self.shares.offer(victim)
 
     def _charge(self, user: User[Block], pages: int) -> None:
-        user.used_pages += pages
-        user.tenant.used_pages += pages
+        user.charge(pages)
         if pages > 0:
             self.shares.note_growth(user.tenant)
 
@@ -1159,6 +1165,9 @@ def _end_lease(session: Session, lease_id: LeaseId, *, is_write: bool) -> Lease:
         raise ViolationError(f"the session holds no {'write' if is_write else 'read'} lease {lease_id}")
     del session.lease_by_id[lease_id]
     session.leased_blocks -= len(lease.blocks)
+    if is_write:
+        session.write_leases -= 1
+        lease.blocks[0].user.tenant.leased_to_write -= len(lease.blocks)
     return lease
 
 

@@ -1,6 +1,7 @@
 """How a cache is described to an operator: what its counts and sums are taken from."""
 
-from heapq import nlargest
+from collections.abc import Mapping
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from saltern.core.blocks import Block, BlockState
@@ -25,22 +26,27 @@ if TYPE_CHECKING:
     from saltern.core.cache import Cache
 
 USERS_SHOWN = 1_000
-"""Most users in a snapshot, the largest first: ten thousand would still fit a frame, a million not."""
+"""Most users of all tenants in a snapshot, the largest first: a millisecond, for which lookups wait."""
+
+USERS_SHOWN_AT_LEAST = 20
+"""Of each tenant, however many there are."""
 
 
 def describe(cache: "Cache") -> Snapshot:
-    """Describe everything as of now; the cost is linear in the users, not in the blocks."""
-    leases = [lease for session in cache.sessions for lease in session.lease_by_id.values()]
+    """Describe everything as of now; the cost is linear in the tenants, not in their users or blocks."""
     names = dict.fromkeys((*cache.tenant_by_name, *cache.disk.shares.tenant_by_name))
-    tenants = tuple(_tenant_stats(cache, name) for name in names)
+    with_users = sum(cache.census.users(name) > 0 for name in names)
+    users_shown = max(USERS_SHOWN // max(with_users, 1), USERS_SHOWN_AT_LEAST)
+    tenants = tuple(_tenant_stats(cache, name, users_shown) for name in names)
+    owners = cache.tenant_by_name.values()
     return Snapshot(
         arena=ArenaStats(
             total_bytes=cache.pool.pages * cache.page_bytes,
             used_bytes=(cache.pool.pages - cache.pool.free_pages) * cache.page_bytes,
             page_bytes=cache.page_bytes,
             blocks=sum(tenant.blocks for tenant in tenants),
-            pinned_blocks=len({id(block) for lease in leases if not lease.is_write for block in lease.blocks}),
-            writing_blocks=sum(len(lease.blocks) for lease in leases if lease.is_write),
+            pinned_blocks=sum(owner.held_blocks - owner.leased_to_write for owner in owners if not owner.is_pool),
+            writing_blocks=sum(owner.leased_to_write for owner in owners),
         ),
         tenants=tenants,
         sessions=tuple(
@@ -49,8 +55,8 @@ def describe(cache: "Cache") -> Snapshot:
                 state=session.state.value,
                 workers=len(session.workers),
                 block_bytes=session.block_bytes,
-                read_leases=sum(not lease.is_write for lease in session.lease_by_id.values()),
-                write_leases=sum(lease.is_write for lease in session.lease_by_id.values()),
+                read_leases=len(session.lease_by_id) - session.write_leases,
+                write_leases=session.write_leases,
                 root=session.root.hex(),
                 block_tokens=session.block_tokens,
             )
@@ -67,35 +73,33 @@ def describe_publications(cache: "Cache") -> tuple[PublicationStats, ...]:
 
 
 def describe_erasable(cache: "Cache", tenant_name: str, user_id: UserId | None) -> ErasedStats:
-    """Say what a user holds in all tiers, or with None all users of a tenant; what is leased is gone only later."""
-    in_ram = _users(cache.tenant_by_name.get(tenant_name), user_id)
-    on_disk = _users(cache.disk.shares.tenant_by_name.get(tenant_name), user_id)
-    leased = {id(b): b for session in cache.sessions for lease in session.lease_by_id.values() for b in lease.blocks}
-    users = {user.id for user in in_ram}
+    """Say what a user holds in all tiers, or with None all users of a tenant; what is pinned is gone only later.
+
+    Of a whole tenant, what remains of users who were erased before counts as well.
+    """
+    tenant, stored = cache.tenant_by_name.get(tenant_name), cache.disk.shares.tenant_by_name.get(tenant_name)
+    in_ram = _holder(tenant, user_id)
+    on_disk = _holder(stored, user_id)
+    users = cache.census.users(tenant_name) if user_id is None else in_ram is not None or on_disk is not None
     return ErasedStats(
-        users=len(users | {user.id for user in on_disk}),
-        ram_bytes=sum(user.used_pages for user in in_ram) * cache.page_bytes,
-        leased_bytes=sum(
-            block.pages for block in leased.values() if block.user.id in users and block.user.tenant.name == tenant_name
-        )
-        * cache.page_bytes,
-        disk_bytes=sum(user.used_pages for user in on_disk) * DISK_PAGE_BYTES,
+        users=int(users),
+        ram_bytes=in_ram.used_pages * cache.page_bytes if in_ram is not None else 0,
+        leased_bytes=in_ram.held_pages * cache.page_bytes if in_ram is not None else 0,
+        disk_bytes=on_disk.used_pages * DISK_PAGE_BYTES if on_disk is not None else 0,
     )
 
 
-def _users(tenant: Tenant[B] | None, user_id: UserId | None) -> list[User[B]]:
-    users = tenant.user_by_id.values() if tenant is not None else ()
-    return [user for user in users if user_id in (None, user.id)]
+def _holder(tenant: Tenant[B] | None, user_id: UserId | None) -> Tenant[B] | User[B] | None:
+    return tenant if tenant is None or user_id is None else tenant.user_by_id.get(user_id)
 
 
-def _tenant_stats(cache: "Cache", name: str) -> TenantStats:
+def _tenant_stats(cache: "Cache", name: str, users_shown: int) -> TenantStats:
     tenant, stored = cache.tenant_by_name.get(name), cache.disk.shares.tenant_by_name.get(name)
-    users, records = _users(tenant, None), _users(stored, None)
     limits = tenant.limits if tenant is not None else NO_LIMITS
     disk_limits = stored.limits if stored is not None else NO_LIMITS
     return TenantStats(
         tenant=name,
-        blocks=sum(len(user.block_by_key) for user in users),
+        blocks=tenant.blocks if tenant is not None else 0,
         used_bytes=tenant.used_pages * cache.page_bytes if tenant is not None else 0,
         limit_bytes=limits.limit_bytes,
         user_limit_bytes=limits.user_limit_bytes,
@@ -105,9 +109,9 @@ def _tenant_stats(cache: "Cache", name: str) -> TenantStats:
         counts=_counts(
             tenant.tally if tenant is not None else Tally(), stored.tally if stored is not None else Tally()
         ),
-        users=_user_stats(cache, users, records),
-        users_total=len({user.id for user in users} | {user.id for user in records}),
-        disk_blocks=sum(len(user.block_by_key) for user in records),
+        users=_user_stats(cache, tenant, stored, users_shown),
+        users_total=cache.census.users(name),
+        disk_blocks=stored.blocks if stored is not None else 0,
         disk_used_bytes=stored.used_pages * DISK_PAGE_BYTES if stored is not None else 0,
         disk_guarantee_bytes=disk_limits.guarantee_bytes,
         disk_limit_bytes=disk_limits.limit_bytes,
@@ -115,21 +119,30 @@ def _tenant_stats(cache: "Cache", name: str) -> TenantStats:
     )
 
 
-def _user_stats(cache: "Cache", users: list[User[Block]], records: list[User[StoredBlock]]) -> tuple[UserStats, ...]:
-    """Describe the users with most in memory, and among those with nothing there, with most on disk."""
-    in_ram, on_disk = ({user.id: user.used_pages for user in each} for each in (users, records))
-    blocks, disk_blocks = ({user.id: len(user.block_by_key) for user in each} for each in (users, records))
-    largest = nlargest(USERS_SHOWN, {**in_ram, **on_disk}, key=lambda id_: (in_ram.get(id_, 0), on_disk.get(id_, 0)))
-    return tuple(
+def _user_stats(
+    cache: "Cache", tenant: Tenant[Block] | None, stored: Tenant[StoredBlock] | None, users_shown: int
+) -> tuple[UserStats, ...]:
+    """Describe the users with most in memory, and among those with nothing there, with most on disk.
+
+    Whoever isn't shown has less than twice what the least of those has who are: sizes are known by their bits.
+    """
+    in_ram: Mapping[UserId, User[Block]] = tenant.user_by_id if tenant is not None else {}
+    on_disk: Mapping[UserId, User[StoredBlock]] = stored.user_by_id if stored is not None else {}
+    shown = [user.id for user in islice(tenant.largest_users(), users_shown)] if tenant is not None else []
+    if stored is not None and len(shown) < users_shown:  # then all who are in memory are in there
+        others = (user.id for user in stored.largest_users() if user.id not in in_ram)
+        shown += islice(others, users_shown - len(shown))
+    users = [
         UserStats(
             user=id_.hex(),
-            blocks=blocks.get(id_, 0),
-            used_bytes=in_ram.get(id_, 0) * cache.page_bytes,
-            disk_blocks=disk_blocks.get(id_, 0),
-            disk_used_bytes=on_disk.get(id_, 0) * DISK_PAGE_BYTES,
+            blocks=len(in_ram[id_].block_by_key) if id_ in in_ram else 0,
+            used_bytes=in_ram[id_].used_pages * cache.page_bytes if id_ in in_ram else 0,
+            disk_blocks=len(on_disk[id_].block_by_key) if id_ in on_disk else 0,
+            disk_used_bytes=on_disk[id_].used_pages * DISK_PAGE_BYTES if id_ in on_disk else 0,
         )
-        for id_ in largest
-    )
+        for id_ in shown
+    ]
+    return tuple(sorted(users, key=lambda user: (user.used_bytes, user.disk_used_bytes), reverse=True))
 
 
 def _disk_stats(disk: Disk) -> DiskStats | None:
@@ -139,7 +152,7 @@ def _disk_stats(disk: Disk) -> DiskStats | None:
     return DiskStats(
         total_bytes=disk.pool.pages * DISK_PAGE_BYTES,
         used_bytes=(disk.pool.pages - disk.pool.free_pages) * DISK_PAGE_BYTES,
-        blocks=sum(len(user.block_by_key) for tenant in tenants for user in tenant.user_by_id.values()),
+        blocks=sum(tenant.blocks for tenant in tenants),
         writing_blocks=len(disk.writes),
         reading_blocks=len(disk.reads),
         written=disk.tally.stored,

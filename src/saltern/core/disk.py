@@ -20,6 +20,7 @@ from itertools import count, pairwise
 from typing import Final, Generic, TypeVar
 
 from saltern.core.blocks import Block, BlockState
+from saltern.core.census import Census
 from saltern.core.effects import ForgetRecords, OpId, ReadRecord, RecordName, StoredRecord, WriteRecord
 from saltern.core.extents import Extent, PagePool, Run
 from saltern.core.keys import Key, UserId
@@ -162,10 +163,16 @@ class Turns(Generic[_T]):
 class Disk:
     """All records, of `pages` pages of the slab; with none nothing is ever offered, found or due."""
 
-    def __init__(self, pages: int, limits_by_name: Mapping[str, Limits]) -> None:
+    def __init__(self, pages: int, limits_by_name: Mapping[str, Limits], census: Census) -> None:
         self.pool = PagePool(pages)
         self.shares: Shares[StoredBlock] = Shares(
-            limits_by_name, pages=pages, page_bytes=DISK_PAGE_BYTES, in_flight_max_pages=0, place="disk", has_pool=False
+            limits_by_name,
+            pages=pages,
+            page_bytes=DISK_PAGE_BYTES,
+            in_flight_max_pages=0,
+            census=census,
+            place="disk",
+            has_pool=False,
         )
         self.writes_in_flight_max = WRITES_IN_FLIGHT_MAX
         self.reads_in_flight_max = READS_IN_FLIGHT_MAX
@@ -503,9 +510,8 @@ class Disk:
     def _link(self, record: StoredBlock) -> None:
         user = record.user
         assert record.name.key not in user.block_by_key, "two records of one block"
-        user.block_by_key[record.name.key] = record
-        user.used_pages += record.pages
-        user.tenant.used_pages += record.pages
+        user.link(record.name.key, record)
+        user.charge(record.pages)
         if not user.is_erased:  # whom nobody finds again
             user.tenant.user_by_id.setdefault(user.id, user)
         self.shares.keep(user.tenant)
@@ -514,15 +520,14 @@ class Disk:
     def _unlink(self, record: StoredBlock) -> None:
         """Let nobody find a record any more; it is charged for until it is dropped."""
         if record.user.block_by_key.get(record.name.key) is record:
-            del record.user.block_by_key[record.name.key]
+            record.user.unlink(record.name.key)
         record.user.order.withdraw(record)
 
     def _drop(self, record: StoredBlock) -> None:
         """Charge nobody for a record any more. Its pages are not free yet."""
         self._unlink(record)
         user = record.user
-        user.used_pages -= record.pages
-        user.tenant.used_pages -= record.pages
+        user.charge(-record.pages)
         user.tenant.forget_if_empty(user)
         self.shares.forget_if_empty(user.tenant)
 

@@ -80,3 +80,4 @@ class Session:
         self.lease_by_id: dict[LeaseId, Lease] = {}
         self.waiting: Counter[str] = Counter()  # requests by tenant, for what comes from the disk
         self.leased_blocks = 0  # in all of them, each as often as it is leased
+        self.write_leases = 0

@@ -13,18 +13,19 @@ from collections.abc import Callable, Mapping
 from itertools import count
 from typing import Generic
 
+from saltern.core.census import Census
 from saltern.core.keys import UserId
 from saltern.core.messages import DEFAULT_TENANT, PUBLIC_TENANT, Refusal
 from saltern.core.order import EvictionOrder, Stamp
-from saltern.core.tenants import NO_LIMITS, B, Limits, Tenant, exceeds, why_not
+from saltern.core.tenants import NO_LIMITS, B, Limits, Tenant, User, exceeds, why_not
 
 
 class Shares(Generic[B]):
     """All tenants of one tier. One without settings lives as long as it holds something, except for the default one.
 
     `in_flight_max_pages` is P. None: all that is not guaranteed, and at least an eighth of the arena; without
-    any guarantee there is nothing to protect, and no bound. `place` is what the tier is called; where it `has_pool`,
-    the public tenant is one: see `Tenant.set_limits`.
+    any guarantee there is nothing to protect, and no bound. `census` is of all tiers; `place` is what this one is
+    called; where it `has_pool`, the public tenant is one: see `Tenant.set_limits`.
     """
 
     def __init__(
@@ -34,10 +35,12 @@ class Shares(Generic[B]):
         pages: int,
         page_bytes: int,
         in_flight_max_pages: int | None,
+        census: Census,
         place: str = "arena",
         has_pool: bool = True,
     ) -> None:
         self.tenant_by_name: dict[str, Tenant[B]] = {}
+        self._census = census
         self._place = place
         self._has_pool = has_pool
         self.held_pages_max: int | None = None
@@ -113,6 +116,7 @@ class Shares(Generic[B]):
         return Tenant(
             name,
             limits,
+            self._census,
             page_bytes=self._page_bytes,
             serial=next(self._serials),
             is_configured=is_configured,
@@ -242,15 +246,18 @@ class Shares(Generic[B]):
 
     # What is pinned
 
-    def count_held(self, tenant: Tenant[B], pages: int) -> None:
-        """Count pages that are pinned from now on, or fewer that are.
+    def count_held(self, user: User[B], *, pages: int, blocks: int) -> None:
+        """Count pages that are pinned from now on, and whose they are, or fewer that are.
 
         What is published is pinned for good, and always part of a guarantee.
         """
+        tenant = user.tenant
         if tenant.is_pool:
             return
         before = max(tenant.held_pages, tenant.held_share_pages)
+        user.held_pages += pages
         tenant.held_pages += pages
+        tenant.held_blocks += blocks
         self._spoken_for += max(tenant.held_pages, tenant.held_share_pages) - before
 
     def may_hold(self, tenant: Tenant[B]) -> int | None:

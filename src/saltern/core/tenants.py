@@ -1,12 +1,14 @@
 """Tenants and users: who owns blocks, who is charged for them, and who goes first when room is needed."""
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import inf
 from typing import Any, Generic, Protocol, TypeVar
 
 from msgspec import Struct
 
+from saltern.core.census import Census
 from saltern.core.keys import Key, UserId
 from saltern.core.order import EvictionOrder, Stamp
 
@@ -87,8 +89,27 @@ class User(Generic[B]):
         self.tenant = tenant
         self.block_by_key: dict[Key, B] = {}
         self.used_pages = 0  # doomed blocks included, until their pages are free
+        self.held_pages = 0  # of them pinned
         self.order: EvictionOrder[B] = EvictionOrder()
         self.is_erased = False  # then nobody finds it, and its blocks go as soon as they can
+
+    def link(self, key: Key, block: B) -> None:
+        """Let a block be found."""
+        self.block_by_key[key] = block
+        self.tenant.blocks += not self.is_erased
+
+    def unlink(self, key: Key) -> None:
+        """Let a block be found no more; it is charged for until its pages are free."""
+        del self.block_by_key[key]
+        self.tenant.blocks -= not self.is_erased
+
+    def charge(self, pages: int) -> None:
+        """Charge for pages, or with less than none for fewer."""
+        before = self.used_pages.bit_length()
+        self.used_pages += pages
+        self.tenant.used_pages += pages
+        if self.used_pages.bit_length() != before and not self.is_erased:
+            self.tenant.rank(self, before, self.used_pages.bit_length())
 
     @property
     def stamp(self) -> Stamp | None:
@@ -122,15 +143,28 @@ class Tenant(Generic[B]):
     """Who is charged, and the limits that hold for it in one tier."""
 
     def __init__(
-        self, name: str, limits: Limits, *, page_bytes: int, serial: int, is_configured: bool, is_pool: bool = False
+        self,
+        name: str,
+        limits: Limits,
+        census: Census,
+        *,
+        page_bytes: int,
+        serial: int,
+        is_configured: bool,
+        is_pool: bool = False,
     ) -> None:
         self.name = name
+        self._census = census
         self.is_pool = is_pool  # the public one, in RAM
         self.serial = serial
         self.is_configured = is_configured  # otherwise it lives as long as it holds something
         self.user_by_id: dict[UserId, User[B]] = {}
+        self.users_by_size: dict[int, dict[User[B], None]] = {}  # by the bits of how many pages each holds
+        self.blocks = 0  # that are found
         self.used_pages = 0
         self.held_pages = 0  # of those, the pinned ones
+        self.held_blocks = 0
+        self.leased_to_write = 0  # blocks
         self.held_share_pages = 0  # so many it may pin whatever others do
         self.order: EvictionOrder[User[B]] = EvictionOrder()
         self.users_to_check: dict[User[B], None] = {}  # perhaps above a limit that was lowered
@@ -168,6 +202,8 @@ class Tenant(Generic[B]):
         """Forget a user at once; what it holds is let go as fast as it may be, and one of that id begins anew."""
         user = self.user_by_id.pop(user_id, None)
         if user is not None:
+            self.rank(user, user.used_pages.bit_length(), 0)
+            self.blocks -= len(user.block_by_key)
             user.is_erased = True
             self.users_to_check.pop(user, None)
         return user
@@ -181,6 +217,25 @@ class Tenant(Generic[B]):
             self.order.withdraw(user)
             # Its order still knows blocks that know their user. Without this cycle no collector needs to run.
             user.order = EvictionOrder()
+
+    def rank(self, user: User[B], before: int, after: int) -> None:
+        """Move a user among those of its size: numbers of bits, 0 is who holds nothing."""
+        if before:
+            users = self.users_by_size[before]
+            del users[user]
+            if not users:
+                del self.users_by_size[before]
+        else:
+            self._census.enter(self.name, user.id)
+        if after:
+            self.users_by_size.setdefault(after, {})[user] = None
+        else:
+            self._census.leave(self.name, user.id)
+
+    def largest_users(self) -> Iterator[User[B]]:
+        """Yield the users, the larger first to a factor of two."""
+        for size in sorted(self.users_by_size, reverse=True):
+            yield from self.users_by_size[size]
 
     def first_victim(self) -> B | None:
         """Return the tenant's block that is evicted next."""

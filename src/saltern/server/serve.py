@@ -205,11 +205,11 @@ class _Running:
         holdings = {}
         for name in {*in_ram, *on_disk}:
             tenant, stored = in_ram.get(name), on_disk.get(name)
-            users = {id_ for each in (tenant, stored) if each is not None for id_ in each.user_by_id}
+            users = self._cache.census.users(name)
             if users:
                 holdings[name] = Holding(
                     used_bytes=tenant.used_pages * self._cache.page_bytes if tenant is not None else 0,
-                    users=len(users),
+                    users=users,
                     disk_bytes=stored.used_pages * DISK_PAGE_BYTES if stored is not None else 0,
                 )
         return holdings
