@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from saltern.core.effects import Received
 from saltern.core.keys import UserId
 from saltern.core.leases import ConnectionId
-from saltern.core.messages import Acquire, Acquired, Commit, Release, Request, Reserve, Reserved
+from saltern.core.messages import Acquire, Acquired, Commit, Refusal, Release, Request, Reserve, Reserved
 from saltern.core.tenants import Limits
 from tests.core.rig import PAGE_BYTES, Rig, keys
 from tests.simulator.claims import ViolationError
 from tests.simulator.invariants import State
-from tests.simulator.isolation import Witness, steal_a_block
+from tests.simulator.isolation import Witness, steal_a_block, withhold_the_guarantee
 
 PAGES = 32
 TENANTS = {
@@ -127,3 +127,11 @@ def test_one_stolen_block_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     steal_a_block(monkeypatch)
     with pytest.raises(ViolationError, match="HITS"):
         play(FLOOD)
+
+
+@pytest.mark.parametrize("refusal", [Refusal.ALL_PINNED, Refusal.NO_ROOM, Refusal.OVER_LIMIT, Refusal.IN_FLIGHT])
+def test_a_withheld_guarantee_is_noticed(monkeypatch: pytest.MonkeyPatch, refusal: Refusal) -> None:
+    withhold_the_guarantee(monkeypatch, refusal)
+    crowd: list[Step] = [(CROWD[turn % 8], turn, 6, False) for turn in range(40)]
+    with pytest.raises(ViolationError, match="HITS"):
+        play([*crowd, *FLOOD])

@@ -465,7 +465,7 @@ class Checker:
             case Refusal.IN_FLIGHT:
                 justified = over(pages + state.unpinned_pages(parent), state.may_hold(ask.tenant))
             case Refusal.ALL_PINNED | Refusal.NEXT_VICTIM:
-                state.check_promised(ask, pages)
+                state.check_promised(ask, answer, pages)
                 state.check_conserved(ask, pages)
                 justified = answer.refusal is state.room_refused(ask, pages, (at, -answer.upto))
             case Refusal.NO_PARENT:
@@ -674,13 +674,30 @@ class State(Holdings[Block]):
                 return Refusal.NEXT_VICTIM
             gone |= {victim}
 
-    def check_promised(self, ask: Reserve, pages: int) -> None:
-        """A tenant that stays within its guarantee is not refused for want of room."""
+    def is_owed(self, ask: Reserve, answer: Reserved, pages: int) -> bool:
+        """Return whether `pages` were refused for want of room or pins that the tenant is promised whatever others do.
+
+        Nothing is while more is pinned than there may be, as it was before somebody's guarantee was raised.
+        """
         pinned = sum(block.pages for block in self.pinned)
         within = self.used(ask.tenant) + pages <= self.guarantee(ask.tenant)
         if self._held_pages_max is None or pinned > self._held_pages_max or not within:
-            return  # or guarantees were raised, and what was pinned before is still more than there may be
-        if self.limits(ask.tenant).user_limit_bytes is None:
+            return False
+        if self.limits(ask.tenant).user_limit_bytes is not None:
+            return False
+        match answer.refusal:
+            case Refusal.ALL_PINNED | Refusal.NO_ROOM | Refusal.OVER_LIMIT | Refusal.NEXT_VICTIM:
+                return True
+            case Refusal.IN_FLIGHT:
+                parent = self.block(ask.tenant, ask.user, ask.keys[answer.upto - 1]) if answer.upto else None
+                part = self._held_pages_max * self.guarantee(ask.tenant) // self.pages
+                return self.pinned_pages(ask.tenant) + pages + self.unpinned_pages(parent) <= part
+            case _:
+                return False
+
+    def check_promised(self, ask: Reserve, answer: Reserved, pages: int) -> None:
+        """A tenant that stays within its guarantee is not refused for want of room."""
+        if self.is_owed(ask, answer, pages):
             violated(Invariant.PROMISED, f"{ask} was refused {pages} pages with {self.used(ask.tenant)} in use")
 
     def check_conserved(self, ask: Reserve, pages: int) -> None:

@@ -31,6 +31,9 @@ class Blocks(Protocol):
     def block(self, tenant: str, user: UserId, key: Key) -> Block | None:
         """Return a linked block."""
 
+    def is_owed(self, ask: Reserve, answer: Reserved, pages: int) -> bool:
+        """Return whether what a Reserve was refused for want of room or pins is promised to its tenant."""
+
 
 @dataclass(frozen=True)
 class Used:
@@ -43,7 +46,7 @@ class Used:
 
 @dataclass(frozen=True)
 class Stored:
-    """A prompt whose store is done, in the blocks that came of it and the one that was refused as the next victim."""
+    """A prompt whose store is done, in the blocks that came of it and the refused one that was due: see `Pending`."""
 
     user: UserId
     pieces: tuple[Piece, ...]
@@ -53,7 +56,10 @@ class Stored:
 
 @dataclass(frozen=True)
 class Pending:
-    """A Reserve whose blocks are being written."""
+    """A Reserve whose blocks are being written, and the refused one that the private cache is offered as well.
+
+    That is the next victim, which it has to refuse by itself, and what the tenant was owed: it has room for that.
+    """
 
     ask: Reserve
     keys: tuple[Key, ...]
@@ -105,8 +111,8 @@ class Witness:
 
     def reserved(self, ask: Reserve, answer: Reserved, refused_pages: int, blocks: Blocks, now: float) -> None:
         """Write down what a Reserve offers to the private cache, as soon as it is written."""
-        refused = None
-        if answer.refusal is Refusal.NEXT_VICTIM:
+        is_next_victim, refused = answer.refusal is Refusal.NEXT_VICTIM, None
+        if is_next_victim or blocks.is_owed(ask, answer, refused_pages):
             refused = (ask.keys[answer.upto], refused_pages)
         at = ask.acquired_at if ask.acquired_at < now else now
         pending = Pending(ask, ask.keys[: answer.upto], at, refused)
@@ -114,7 +120,7 @@ class Witness:
             self._pending_by_lease[answer.lease] = pending
         else:
             self._settle(pending, blocks, now)
-        self._count_in_flight(blocks.held, blocks.pinned, ask.tenant, refused_pages if refused else 0)
+        self._count_in_flight(blocks.held, blocks.pinned, ask.tenant, refused_pages if is_next_victim else 0)
 
     def count_in_flight(self, blocks: Blocks) -> None:
         """See how much of each tenant's is in use now."""
@@ -205,6 +211,20 @@ def steal_a_block(monkeypatch: pytest.MonkeyPatch, *, always: bool = False) -> N
         return made
 
     monkeypatch.setattr(Cache, "_make_room", make_room_and_steal)
+
+
+def withhold_the_guarantee(monkeypatch: pytest.MonkeyPatch, refusal: Refusal) -> None:
+    """Plant a bug: once no page is free, nobody gives one up for a tenant below its guarantee."""
+    make_room = Cache._make_room
+
+    def make_room_or_withhold(
+        self: Cache, tenant: Tenant[Block], user: UserId, pages: int, stamp: Stamp, parent: Block | None
+    ) -> Refusal | int:
+        if self.pool.free_pages < pages and tenant.used_pages + pages <= tenant.guarantee_pages:
+            return refusal
+        return make_room(self, tenant, user, pages, stamp, parent)
+
+    monkeypatch.setattr(Cache, "_make_room", make_room_or_withhold)
 
 
 def _youth(block: Block) -> Stamp:

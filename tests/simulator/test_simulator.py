@@ -54,7 +54,7 @@ from tests.simulator.disk import DiskTier, Platter, Record
 from tests.simulator.engine import Ask, Copy, Engine, Operation
 from tests.simulator.holdings import Holdings
 from tests.simulator.invariants import Checker, State
-from tests.simulator.isolation import steal_a_block
+from tests.simulator.isolation import steal_a_block, withhold_the_guarantee
 from tests.simulator.records import Records
 from tests.simulator.server import Server
 from tests.simulator.simulation import Simulation
@@ -719,6 +719,22 @@ def a_block_is_stolen_and_nobody_minds_the_guarantee(monkeypatch: pytest.MonkeyP
     steal_a_block(monkeypatch, always=True)
     monkeypatch.setattr(Checker, "_check_needed", lambda self, ask, state, gone, now: None)
     monkeypatch.setattr(Checker, "_check_guarantees", lambda self, ask, state, gone: None)
+
+
+@planted(Invariant.HITS)
+def a_guarantee_is_withheld_and_nobody_minds_the_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
+    withhold_the_guarantee(monkeypatch, Refusal.ALL_PINNED)
+    room_refused = State.room_refused
+
+    def room_refused_or_withheld(
+        self: State, ask: Acquire | Reserve, pages: int, newcomer: tuple[float, int]
+    ) -> Refusal | None:
+        within = self.used(ask.tenant) + pages <= self.guarantee(ask.tenant)
+        return Refusal.ALL_PINNED if within and self.free_pages < pages else room_refused(self, ask, pages, newcomer)
+
+    monkeypatch.setattr(State, "room_refused", room_refused_or_withheld)
+    monkeypatch.setattr(State, "check_promised", lambda self, ask, answer, pages: None)
+    monkeypatch.setattr(State, "check_conserved", lambda self, ask, pages: None)
 
 
 # Blocks and leases
