@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saltern.core.effects import Received
+from saltern.core.effects import Received, RecordWritten, TenantSet, WriteRecord
 from saltern.core.keys import UserId
 from saltern.core.leases import ConnectionId
 from saltern.core.messages import Acquire, Acquired, Commit, Refusal, Release, Request, Reserve, Reserved
-from saltern.core.tenants import Limits
-from tests.core.rig import PAGE_BYTES, Rig, keys
+from saltern.core.tenants import NO_LIMITS, Limits
+from tests.core.rig import ALICE, BOB, CAROL, PAGE_BYTES, Rig, keys
 from tests.simulator.claims import ViolationError
 from tests.simulator.invariants import State
 from tests.simulator.isolation import Witness, steal_a_block, withhold_the_guarantee
@@ -54,7 +54,7 @@ class Watched:
         ask = Acquire(1, user_id, keys(PROMPTS[prompt]), 0, (), tenant)
         self._say(engine, ask)
         (acquired,) = self._rig.sent(Acquired)
-        self.witness.acquired(ask, acquired, acquired.ready, self._rig.now)
+        self.witness.acquired(ask, acquired, acquired.ready, self._state(), self._rig.now)
         self._seen()
         if acquired.lease:
             self._say(engine, Release(acquired.lease))
@@ -135,3 +135,47 @@ def test_a_withheld_guarantee_is_noticed(monkeypatch: pytest.MonkeyPatch, refusa
     crowd: list[Step] = [(CROWD[turn % 8], turn, 6, False) for turn in range(40)]
     with pytest.raises(ViolationError, match="HITS"):
         play([*crowd, *FLOOD])
+
+
+def test_a_raised_guarantee_waits_for_what_was_pinned_before() -> None:
+    rig = Rig(pages=64, tenants={"t": Limits(guarantee_bytes=4 * PAGE_BYTES)})
+    engine = rig.engine()
+    pinned = rig.reserve(engine, BOB, "abcdefghijklmnopqr", tenant="others")
+    for user in (ALICE, BOB):
+        rig.store(engine, user, "abcdefghijklmnopqrstuv", tenant="b")
+    rig.handle(TenantSet("b", Limits(guarantee_bytes=44 * PAGE_BYTES), NO_LIMITS))
+
+    def refusals(prompts: str) -> list[Refusal | None]:
+        return [rig.store(engine, ALICE, prompt, tenant="t").refusal for prompt in prompts]
+
+    assert refusals("wxy") == [None, None, Refusal.ALL_PINNED]
+    rig.say(engine, Commit(pinned.lease))
+    assert refusals("yz") == [None, None]
+
+
+def test_a_copy_to_the_disk_takes_some_of_what_its_tenant_may_pin() -> None:
+    rig = Rig(pages=32, tenants={"t": Limits(guarantee_bytes=16 * PAGE_BYTES)}, disk_pages=64)
+    engine = rig.engine()
+    copies: list[WriteRecord] = []
+
+    def store(user: UserId, prompt: str) -> None:
+        rig.store(engine, user, prompt, tenant="t")
+        copies.extend(effect for effect in rig.effects if isinstance(effect, WriteRecord))
+
+    def found() -> int:
+        rig.say(engine, Acquire(1, BOB, keys("uvw"), 0, (), "t"))
+        (answer,) = rig.sent(Acquired)
+        if answer.lease:
+            rig.say(engine, Release(answer.lease))
+        return answer.ready
+
+    store(ALICE, "abcdefgh")
+    store(BOB, "uvw")
+    while others := [copy for copy in copies if (copy.name.user, copy.depth) != (ALICE, 7)]:
+        copies.remove(others[0])
+        rig.handle(RecordWritten(others[0].op))
+        copies.extend(effect for effect in rig.effects if isinstance(effect, WriteRecord))
+    rig.reserve(engine, CAROL, "abcdefgh", tenant="flood")
+    assert (len(copies), found()) == (1, 0), "the last block of eight is being copied, and eight pages are t's part"
+    rig.handle(RecordWritten(copies[0].op))
+    assert found() == 3

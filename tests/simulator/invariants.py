@@ -347,7 +347,7 @@ class Checker:
             violated(Invariant.LOADS, f"{ask} was answered by {answer}, with {ready} READY and {coming} on their way")
         if isinstance(answer, Acquired) and isinstance(ask, Acquire):
             if self._sessions.is_open(connection):
-                self.witness.acquired(ask, answer, ready, now)
+                self.witness.acquired(ask, answer, ready, state, now)
             if coming and not is_late:
                 self._check_not_fetched(connection, ask, found, coming, state, now)
             ready = self._pinnable(connection, ask, ready, found, state, now)

@@ -2,7 +2,12 @@
 
 What happens to a tenant is written down as it happens. Once it ends, or the tenant's settings change, W is known: the
 most pages that were pinned, used by a request whose store was not done yet, or erased and not gone yet. Then the
-private cache of the guarantee less W is told the same, and must hit no more than the real one did.
+private cache of the guarantee less W is told the same, and must hit no more than the real one did. It is also told
+what the real one refused although the theorem owes it, so that a guarantee withheld shows as well as one taken.
+
+Nothing is owed while more is pinned than there may be, since somebody's guarantee was raised. Requests whose answer was
+shortened aren't compared: their tenant's pins were to leave its part. What a request has used that never stores
+anything is in W until a later one that used it has been stored, or it has gone.
 """
 
 from collections.abc import Iterable, Mapping
@@ -56,12 +61,13 @@ class Stored:
 
 @dataclass(frozen=True)
 class Pending:
-    """A Reserve whose blocks are being written, and the refused one that the private cache is offered as well.
+    """A Reserve whose blocks are being written, or an Acquire that found all.
 
-    That is the next victim, which it has to refuse by itself, and what the tenant was owed: it has room for that.
+    The private cache is offered the `refused` one as well: a next victim, which it has to refuse by itself, or what the
+    tenant was owed, for which it has room.
     """
 
-    ask: Reserve
+    ask: Acquire | Reserve
     keys: tuple[Key, ...]
     at: float
     refused: Piece | None
@@ -104,10 +110,12 @@ class Witness:
             case _:
                 pass
 
-    def acquired(self, ask: Acquire, answer: Acquired, found: int, now: float) -> None:
+    def acquired(self, ask: Acquire, answer: Acquired, found: int, blocks: Blocks, now: float) -> None:
         """Write down what an Acquire in an open session found."""
         ready = answer.ready if answer.ready == found else None
         self._record(ask.tenant).happened.append(Used(ask, now, ready))
+        if found == len(ask.keys) and not ask.states:  # there is nothing to store
+            self._settle(Pending(ask, ask.keys, now, None), blocks, now)
 
     def reserved(self, ask: Reserve, answer: Reserved, refused_pages: int, blocks: Blocks, now: float) -> None:
         """Write down what a Reserve offers to the private cache, as soon as it is written."""
