@@ -57,6 +57,19 @@ def test_keys_are_listed_and_revoked(state: Path) -> None:
     assert [key["tenant"] for key in json.loads(keys(state, "list", "--json").stdout)] == ["ops"]
 
 
+def test_a_key_is_revoked_by_its_whole_name_and_by_nothing_shorter(state: Path) -> None:
+    token = keys(state, "add", "acme").stdout.strip()
+    name = digest_of(token)[:12]
+    for part in ("", name[:1], name[:11]):
+        refused = keys(state, "revoke", part)
+        assert refused.returncode == 1
+        assert "a key goes by the 12 digits listed, or by itself" in refused.stderr
+    assert len(json.loads(keys(state, "list", "--json").stdout)) == 1
+    assert keys(state, "revoke", name.upper()).returncode == 0
+    assert keys(state, "revoke", keys(state, "add", "acme").stdout.strip()).returncode == 0
+    assert json.loads(keys(state, "list", "--json").stdout) == []
+
+
 def test_changes_are_in_the_audit_log_beside_the_file_and_name_no_user(state: Path, tmp_path: Path) -> None:
     token = keys(state, "add", "acme", "--user", "alice").stdout.strip()
     name = digest_of(token)[:12]
@@ -94,6 +107,9 @@ def test_what_can_not_be_done_is_one_line(state: Path, tmp_path: Path) -> None:
         (("revoke", "abc"), "No such file"),
         (("add", "Acme"), "can't be a tenant"),
         (("add", "acme", "--user", ""), "characters"),
+        (("add", "acme", "--user", "   "), "'   ' can't be a user's name"),
+        (("add", "acme", "--user", "al\x1bice"), r"'al\x1bice' can't be a user's name"),
+        (("add", "acme", "--user", "alice\n"), r"'alice\n' can't be a user's name"),
         (("add", "acme", "--file", str(tmp_path / "nowhere" / "keys.json")), "No such file"),
     ):
         result = keys(state, *arguments)

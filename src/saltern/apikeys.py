@@ -18,6 +18,7 @@ from enum import Enum
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated
+from unicodedata import category
 
 import msgspec
 from msgspec import Meta, Struct
@@ -32,6 +33,9 @@ NAME_CHARACTERS_MAX = 256
 """Of a user's name."""
 
 _SHOWN_DIGITS = 12
+
+_UNSEEN = ("Cc", "Cs", "Zl", "Zp")
+"""Unicode's categories of control characters, halves of surrogate pairs, and line and paragraph separators."""
 
 
 class Role(Enum):
@@ -104,6 +108,8 @@ def add_key(
         )
     if user is not None and not 1 <= len(user) <= NAME_CHARACTERS_MAX:
         raise KeysError(f"a user's name has 1 to {NAME_CHARACTERS_MAX} characters")
+    if user is not None and (not user.strip() or any(category(character) in _UNSEEN for character in user)):
+        raise KeysError(f"{user!r} can't be a user's name: it is blank, or has characters that nobody sees")
     token = KEY_PREFIX + secrets.token_urlsafe(KEY_BYTES)
     key = ApiKey(digest_of(token), tenant, user, role, added)
     with _locked(path):
@@ -115,13 +121,18 @@ def add_key(
 
 
 def revoke_key(path: Path, name: str, *, note: Note | None = None) -> ApiKey:
-    """Remove the key that is called so, or that begins so, and return it; `note` as above. Raises `KeysError`."""
+    """Remove the key that is called so, and return it; `note` as above. Raises `KeysError`.
+
+    A key goes by its `name`, by more of its digest, or by itself. Less than the name would end another key than the one
+    that was meant as soon as somebody mistypes it.
+    """
     with _locked(path):
         present = read_keys(path)
-        meant = [key for key in present.values() if name and key.digest.startswith(name.lower())]
+        meant = [key for key in present.values() if len(name) >= _SHOWN_DIGITS and key.digest.startswith(name.lower())]
         meant = meant or [key for key in present.values() if key.digest == digest_of(name)]
         if len(meant) != 1:
-            raise KeysError(f"{path}: {'several keys begin with' if meant else 'there is no key'} {name}")
+            said = "several keys begin with" if meant else "there is no key"
+            raise KeysError(f"{path}: {said} {name}; a key goes by the {_SHOWN_DIGITS} digits listed, or by itself")
         if note is not None:
             note(meant[0])
         _write(path, {digest: key for digest, key in present.items() if key is not meant[0]})
