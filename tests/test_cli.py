@@ -188,6 +188,27 @@ def test_tenants_are_set_and_listed_with_where_each_value_comes_from() -> None:
         assert acme[6:8] == ["1 MiB (run time)", "1 GiB (run time)"]
 
 
+def test_the_default_tenant_is_shown_though_nobody_has_set_anything() -> None:
+    with serving(start=False) as server:
+        path = server.folder / "saltern.toml"
+        path.write_text(path.read_text(encoding="utf-8").replace("[tenants.default]", ""), encoding="utf-8")
+        server.start()
+        rows = [line.split() for line in on(server, "tenants", "list").stdout.splitlines()]
+        assert [row[0] for row in rows if row] == ["tenant", "default", "guaranteed"]
+        shown = on(server, "tenants", "get", "default").stdout
+        assert "tenant           default\nused             0 B, 0 users\n" in shown
+
+
+def test_what_holds_for_no_publication_is_not_set() -> None:
+    with serving() as server:
+        assert on(server, "tenants", "set", "public", "--guarantee", "1MiB", "--disk-limit", "1GiB").returncode == 0
+        for option, value in (("limit", "1GiB"), ("user-limit", "1MiB"), ("ttl", "7d"), ("weight", "2")):
+            refused = on(server, "tenants", "set", "public", f"--{option}", value)
+            assert refused.returncode == 1
+            assert f"tenants.public.{option.replace('-', '_')} (run time): what is published has the" in refused.stderr
+        assert "limit            none\n" in on(server, "tenants", "get", "public").stdout
+
+
 def test_plans_are_set_listed_and_removed() -> None:
     with serving() as server:
         assert on(server, "plans", "list").stdout == "no plans\n"

@@ -92,6 +92,10 @@ def test_a_change_of_a_plan_reaches_each_tenant_that_has_it() -> None:
         ({"a": TenantSettings(limit=5)}, "tenants.a.limit: 5 B is less than one page of the arena"),
         ({"a": TenantSettings(disk_limit=5)}, "tenants.a.disk_limit: 5 B is less than one page of the disk tier"),
         ({"a": TenantSettings(guarantee=2 * PAGE, limit=PAGE)}, "tenant a: guarantee"),
+        ({"public": TenantSettings(limit=9 * PAGE)}, "tenants.public.limit (file): what is published has the room"),
+        ({"public": TenantSettings(user_limit=9 * PAGE)}, "tenants.public.user_limit (file): "),
+        ({"public": TenantSettings(ttl=5.0)}, "tenants.public.ttl (file): "),
+        ({"public": TenantSettings(weight=2.0)}, "tenants.public.weight (file): "),
         (
             {"a": TenantSettings(guarantee=6 * PAGE), "b": TenantSettings(guarantee=9 * PAGE), "c": TenantSettings()},
             "(guaranteed: b 576 KiB, a 384 KiB)",
@@ -103,6 +107,18 @@ def test_what_can_not_hold_is_named(tenants: dict[str, TenantSettings], complain
     assert reason is not None
     assert complaint in reason
     assert ("guaranteed:" in reason) == ("guaranteed:" in complaint)
+
+
+def test_the_public_tenant_has_a_guarantee_and_settings_of_the_disk() -> None:
+    public = TenantSettings(guarantee=PAGE, limit=None, disk_guarantee=PAGE, disk_limit=PAGE, disk_user_limit=PAGE)
+    cache = Cache(pages=16, page_bytes=PAGE)
+    assert why_not(cache, Layers({"public": public}, {})) is None
+    planned = Layers({"public": TenantSettings(plan="gold")}, {"gold": PlanSettings(ttl=5.0)})
+    assert "tenants.public.ttl (plan gold)" in str(why_not(cache, planned))
+
+
+def test_the_default_tenant_is_there_though_nobody_has_spoken_of_it() -> None:
+    assert Layers({}, {}, {"acme": TenantSettings()}).tenant_names == ["acme", "default"]
 
 
 def test_all_but_the_share_in_flight_may_be_guaranteed() -> None:

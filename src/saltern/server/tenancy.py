@@ -16,6 +16,7 @@ from msgspec import UNSET, Struct
 
 from saltern.core.disk import DISK_PAGE_BYTES
 from saltern.core.effects import TenantRemoved, TenantSet
+from saltern.core.messages import DEFAULT_TENANT, PUBLIC_TENANT
 from saltern.core.tenants import Limits
 from saltern.operations import FIELDS, Bound, Origin, PlanSettings, PlanState, TenantSettings
 from saltern.sizes import format_size
@@ -29,6 +30,9 @@ RESERVED = frozenset({"none", "inherit"})
 
 RAM_FIELDS = ("guarantee", "limit", "user_limit")
 DISK_FIELDS = ("disk_guarantee", "disk_limit", "disk_user_limit")
+
+NOT_OF_THE_POOL = ("limit", "user_limit", "ttl", "weight")
+"""What the public tenant can't have: what is published has the room it is guaranteed, and stays."""
 
 _PLAN_FIELDS = tuple(name for name in FIELDS if name != "plan")
 _DEFAULTS: Mapping[str, Any] = {"guarantee": 0, "disk_guarantee": 0, "weight": 1.0}
@@ -44,8 +48,8 @@ class Layers(Struct, frozen=True):
 
     @property
     def tenant_names(self) -> list[str]:
-        """Return the tenants that somebody has said something of."""
-        return sorted({*self.file_tenants, *self.tenants})
+        """Return the tenants that somebody has said something of, and the default one, which there always is."""
+        return sorted({DEFAULT_TENANT, *self.file_tenants, *self.tenants})
 
     @property
     def plan_names(self) -> list[str]:
@@ -69,7 +73,7 @@ class Layers(Struct, frozen=True):
         return self._limits(tenant, DISK_FIELDS)
 
     def limits_by_tenant(self) -> dict[str, Limits]:
-        """Return what holds in RAM for every tenant that somebody has said something of."""
+        """Return what holds in RAM for every tenant by its name."""
         return {name: self.limits(name) for name in self.tenant_names}
 
     def disk_limits_by_tenant(self) -> dict[str, Limits]:
@@ -103,7 +107,7 @@ class Layers(Struct, frozen=True):
                 return f"tenants.{tenant}.plan: nobody has defined the plan {plan}; {known}"
             if reason := _less_than_a_page({field: self.bound(tenant, field) for field in _PLAN_FIELDS}, page_bytes):
                 return f"tenants.{tenant}.{reason}"
-        return None
+        return self._why_not_of_the_pool()
 
     def changes_to(self, new: "Layers") -> list[TenantSet | TenantRemoved]:
         """Return what the core must be told when `new` holds instead; what lowers a guarantee comes first."""
@@ -115,6 +119,16 @@ class Layers(Struct, frozen=True):
         first = [event for event in lowered if _falls(before[event.name], event)]
         gone = [TenantRemoved(name) for name in before if name not in after]
         return [*gone, *first, *(event for event in changed if event not in first)]
+
+    def _why_not_of_the_pool(self) -> str | None:
+        for field in NOT_OF_THE_POOL:
+            bound = self.bound(PUBLIC_TENANT, field)
+            if bound.value != _DEFAULTS.get(field):
+                return (
+                    f"tenants.{PUBLIC_TENANT}.{field} ({bound.origin}): what is published has the room that"
+                    f" {PUBLIC_TENANT} is guaranteed and stays; it can have a guarantee, and settings of the disk"
+                )
+        return None
 
     def _limits(self, tenant: str, fields: tuple[str, str, str]) -> Limits:
         guarantee, limit, user_limit = (self.bound(tenant, field).value for field in fields)
