@@ -209,6 +209,24 @@ def test_what_holds_for_no_publication_is_not_set() -> None:
         assert "limit            none\n" in on(server, "tenants", "get", "public").stdout
 
 
+def test_publishing_says_what_it_was_asked_wrongly(tmp_path: Path) -> None:
+    publication = "5b1f0e6c0a3d4c57a8a1b64d0f2e9c11"
+    binary = tmp_path / "system.bin"
+    binary.write_bytes(b"\xff")
+    prompt = ["--endpoint", "http://127.0.0.1:9", "--system-prompt"]
+    for arguments, status, complaint in (
+        (["--list", "--remove", publication], 2, "--remove: not allowed with argument --list"),
+        (["--remove", "zz"], 2, "--remove: 'zz' names no publication: write the 32 digits that --list shows"),
+        (["--remove", publication[:31] + " "], 2, "names no publication"),
+        ([*prompt, str(tmp_path / "none.txt")], 1, f"saltern: {tmp_path / 'none.txt'} can't be read: No such file"),
+        ([*prompt, str(binary)], 1, f"saltern: {binary} is not text in UTF-8"),
+        ([*prompt, str(binary), "--key-file", "/nowhere/key"], 1, "saltern: /nowhere/key can't be read: No such file"),
+    ):
+        failed = saltern("publish", *arguments)
+        assert failed.returncode == status, failed
+        assert complaint in failed.stderr
+
+
 def test_plans_are_set_listed_and_removed() -> None:
     with serving() as server:
         assert on(server, "plans", "list").stdout == "no plans\n"

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 import time
 from array import array
@@ -35,13 +36,14 @@ def add_commands(commands: "Commands") -> None:
     """Add the command's parser."""
     publish = commands.add_parser("publish", help="let all users read what chats with one system prompt begin with")
     publish.add_argument("--endpoint", metavar="URL", help="the engine's API, such as http://127.0.0.1:8000")
-    publish.add_argument("--system-prompt", type=Path, metavar="FILE", help="its text, as chats carry it")
+    what = publish.add_mutually_exclusive_group()
+    what.add_argument("--system-prompt", type=Path, metavar="FILE", help="its text, as chats carry it")
     publish.add_argument("--model", help="as the API calls it (default: the only one)")
     publish.add_argument("--engine", metavar="ID", help="as `saltern stats` calls it (default: the only kind)")
     publish.add_argument("--key-file", type=Path, metavar="FILE", help="holds the operator's API key")
     publish.add_argument("--label", default="", help="what the list shows (default: the file's name)")
-    publish.add_argument("--list", action="store_true", help="show what is published")
-    publish.add_argument("--remove", type=_publication, metavar="ID", help="publish it no longer")
+    what.add_argument("--list", action="store_true", help="show what is published")
+    what.add_argument("--remove", type=_publication, metavar="ID", help="publish it no longer")
     publish.add_argument("--json", action="store_true", help="print for programs")
     publish.add_argument("--socket", metavar="PATH", default=str(default_socket_path()), help="default: %(default)s")
     publish.add_argument(
@@ -64,7 +66,7 @@ def _publish(options: argparse.Namespace) -> int:
         else:
             text = "say --endpoint URL and --system-prompt FILE, or --list, or --remove ID"
             return complain(text, EXIT_ASKED_WRONGLY)
-    except (ConnectionLost, EndpointError, PublishError, OSError, UnicodeDecodeError) as error:
+    except (ConnectionLost, EndpointError, PublishError, OSError) as error:
         return complain(str(error), EXIT_FAILED)
     return 0
 
@@ -76,9 +78,9 @@ def _publish_prompt(options: argparse.Namespace) -> None:
     from saltern.operations import OpenPublication, PublicationOpened
     from saltern.publishing import FIELD
 
-    key = options.key_file.read_text().strip() if options.key_file else os.environ.get("SALTERN_API_KEY")
+    key = _read(options.key_file).strip() if options.key_file else os.environ.get("SALTERN_API_KEY")
     endpoint = Endpoint(options.endpoint, key)
-    prompt = options.system_prompt.read_text(encoding="utf-8")
+    prompt = _read(options.system_prompt)
     session = choose_session(fetch_stats(os.path.expanduser(options.socket)).sessions, options.engine)
     model = options.model or endpoint.model()
     tokens = endpoint.chat_prefix(model, prompt)
@@ -114,6 +116,16 @@ def _publish_prompt(options: argparse.Namespace) -> None:
         _show([stats], as_json=True)
     else:
         print(f"published {stats.blocks} blocks, {len(tokens)} tokens, {format_size(stats.used_bytes)}: {publication}")
+
+
+def _read(path: Path) -> str:
+    """Return a file's text. Raises `PublishError`."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise PublishError(f"{path} can't be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise PublishError(f"{path} is not text in UTF-8") from None
 
 
 def choose_session(sessions: Sequence["SessionStats"], engine: str | None) -> "SessionStats":
@@ -178,10 +190,11 @@ def _publication(text: str) -> bytes:
     """Read an ID on the command line."""
     from saltern.core.keys import USER_ID_BYTES
 
-    publication = bytes.fromhex(text)
-    if len(publication) != USER_ID_BYTES:
-        raise ValueError
-    return publication
+    if re.fullmatch(f"[0-9a-fA-F]{{{2 * USER_ID_BYTES}}}", text) is None:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} names no publication: write the {2 * USER_ID_BYTES} digits that --list shows"
+        )
+    return bytes.fromhex(text)
 
 
 def _show(publications: Sequence["PublicationStats"], *, as_json: bool) -> None:
