@@ -30,7 +30,9 @@ def test_the_table_names_the_column_and_compares_policies(trace_path: Path, caps
     assert [row[2] for row in rows[:5]] == ["50%", "100%", "50%", "100%", "-"]
     assert rows[5][1] == "800"
     assert all(row[6] == "0.0" for row in rows), "a flood never hits"
-    assert [line.split(":")[0] for line in progress] == [f"{number} of 10" for number in range(1, 11)]
+    assert [line.split(":")[0] for line in progress] == [f"{number} of 10" for number in range(1, 11) for _ in "12"]
+    assert re.fullmatch(r"1 of 10: guaranteed with \d+ blocks and a quota of 50% …", progress[0])
+    assert re.fullmatch(r"1 of 10: hit \d+\.\d% \(\d+\.\d s\)", progress[1])
 
 
 def test_json_says_everything(trace_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,6 +81,9 @@ def test_options_that_can_not_be_are_explained(
     ("arguments", "status", "complaint"),
     [
         (["--user", "user_id"], 1, "line 1: there is no column 'user_id'"),
+        (["--user", "timestamp[0]"], 1, "line 1: timestamp is no list, so there is no timestamp[0]"),
+        (["--user", "hash_ids[9999]"], 1, "no line has a hash_ids[9999], so that all would be one user"),
+        (["--public", "9", "--capacity", "9"], 2, "a capacity of 9 blocks can promise room for 7: publish fewer"),
         (["--capacity", "1 GiB"], 2, "a capacity of '1 GiB' needs --block-bytes"),
         (["--capacity", "0"], 2, "a capacity of '0' holds no block"),
         (["--plot", "plot.pdf"], 2, "plot.pdf is neither a .png nor an .svg"),

@@ -40,6 +40,18 @@ def test_an_item_of_a_list_may_stand_for_the_user(tmp_path: Path) -> None:
     assert str(trace.user_column) == "hash_ids[1]"
 
 
+def test_a_column_that_makes_all_one_user_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.jsonl", row(0, 0, who=None), row(0, 0, who=None))
+    for text, complaint in (
+        ("timestamp[0]", "line 1: timestamp is no list, so there is no timestamp[0]"),
+        ("hash_ids[1]", "no line has a hash_ids[1], so that all would be one user"),
+        ("who", "no line has a who"),
+    ):
+        with pytest.raises(TraceError) as error:
+            read_trace(path, parse_user_column(text))
+        assert complaint in str(error.value)
+
+
 @pytest.mark.parametrize("text", ["", "a b", "hash_ids[", "hash_ids[-1]", "[1]"])
 def test_what_names_no_column_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="names no column"):

@@ -110,7 +110,7 @@ def _replay(options: argparse.Namespace) -> int:
 
 def _study(options: argparse.Namespace) -> "Study":
     """Play every setting that was asked for, and say on stderr how far it is. Raises `TraceError`, `ValueError`."""
-    from saltern.replay.player import Policy
+    from saltern.replay.player import Policy, why_no_room
     from saltern.replay.study import Study, measure, settings
     from saltern.replay.traces import read_trace
     from saltern.replay.workload import make_workload
@@ -125,17 +125,16 @@ def _study(options: argparse.Namespace) -> "Study":
         flood=options.flood,
     )
     capacities = [_blocks(text, trace.distinct_blocks, options.block_bytes) for text in options.capacity]
+    for capacity in capacities:
+        if reason := why_no_room(workload, capacity):
+            raise ValueError(reason)
     todo = settings([Policy(name) for name in options.policy], capacities, options.quota)
     points: list[Point] = []
-    for setting in todo:
+    for number, setting in enumerate(todo, start=1):
         began = time.perf_counter()
+        _tell(f"{number} of {len(todo)}: {setting} …")
         points.append(measure(workload, setting))
-        print(
-            f"{len(points)} of {len(todo)}: {setting} hit {points[-1].hit_rate:.1%}"
-            f" ({time.perf_counter() - began:.1f} s)",
-            file=sys.stderr,
-            flush=True,
-        )
+        _tell(f"{number} of {len(todo)}: hit {points[-1].hit_rate:.1%} ({time.perf_counter() - began:.1f} s)")
     return Study(
         trace=trace.name,
         requests=len(trace.requests),
@@ -149,6 +148,10 @@ def _study(options: argparse.Namespace) -> "Study":
         flood=options.flood,
         points=tuple(points),
     )
+
+
+def _tell(progress: str) -> None:
+    print(progress, file=sys.stderr, flush=True)
 
 
 def describe(study: "Study", block_bytes: int | None = None) -> str:

@@ -78,6 +78,17 @@ def limits_of(workload: Workload, setting: Setting) -> dict[str, Limits]:
             return limits
 
 
+def why_no_room(workload: Workload, capacity_blocks: int) -> str | None:
+    """Return why a capacity can't hold what is published, which the core promises room, or None if it can."""
+    room = capacity_blocks - -(-capacity_blocks // 8)
+    if workload.published_blocks <= room:
+        return None
+    return (
+        f"{workload.published_blocks} blocks are published, and a capacity of {capacity_blocks} blocks can promise room"
+        f" for {room}: publish fewer, or take a larger one"
+    )
+
+
 def _share(blocks: int, workload: Workload, setting: Setting) -> int:
     return int(max(blocks, 0) * setting.quota) // len(workload.tenants)
 

@@ -33,11 +33,13 @@ class UserColumn(NamedTuple):
         return self.field if self.item is None else f"{self.field}[{self.item}]"
 
     def of(self, row: dict[str, Any]) -> str:
-        """Return the user of a line. Raises `KeyError` if the line has no such field at all."""
+        """Return the user of a line. Raises `KeyError` if it has no such field, `TypeError` if that is no list."""
         value = row[self.field]
-        if self.item is None:
-            return str(value)
-        return str(value[self.item]) if isinstance(value, list) and self.item < len(value) else NOBODY
+        if self.item is not None:
+            if not isinstance(value, list):
+                raise TypeError(f"{self.field} is no list, so there is no {self}")
+            value = value[self.item] if self.item < len(value) else None
+        return NOBODY if value is None else str(value)
 
 
 def parse_user_column(text: str) -> UserColumn:
@@ -79,6 +81,8 @@ def read_trace(path: Path, user_column: UserColumn | None = None) -> Trace:
         raise TraceError(f"{path} can't be read: {error.strerror}") from error
     if not requests:
         raise TraceError(f"{path} has no requests")
+    if user_column and all(request.user == NOBODY for request in requests):
+        raise TraceError(f"{path}: no line has a {user_column}, so that all would be one user")
     return Trace(path.name, tuple(requests), distinct_blocks, user_column)
 
 
@@ -94,7 +98,7 @@ def _read(path: Path, lines: Iterable[bytes], user_column: UserColumn | None) ->
             user = user_column.of(row) if user_column else NOBODY
         except KeyError as error:
             raise TraceError(f"{path}, line {line_number}: there is no column {error.args[0]!r}") from error
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, TypeError) as error:
             raise TraceError(f"{path}, line {line_number}: {error}") from error
         blocks: list[int] = []
         parent = -1
