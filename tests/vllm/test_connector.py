@@ -224,6 +224,9 @@ class Recorder:
         assert not only_published
         self.calls.append(("add", request.request_id, salt, extras))
 
+    def count_bad_mark(self) -> None:
+        self.calls.append(("bad mark",))
+
     def match(self, request_id: str, local_tokens: int) -> int | None:
         self.calls.append(("match", request_id, local_tokens))
         return self.matched
@@ -295,6 +298,17 @@ class TestScheduler:
         planner = Recorder()
         make_connector(planner, **{"saltern.require_salt": True}).on_new_request(make_request())
         assert not planner.calls
+
+    @pytest.mark.parametrize("required", [False, True])
+    @pytest.mark.parametrize("said", ["", "p1.x", 0, ["p1"], {"mark": True}])
+    def test_what_is_no_mark_at_all_is_counted_and_not_believed(self, said: Any, required: bool) -> None:
+        planner = Recorder()
+        connector = make_connector(planner, **{"saltern.require_salt": required})
+        marked = {"extra_args": {"kv_transfer_params": {"saltern.publish": said}}}
+        connector.on_new_request(make_request(request_id="r", cache_salt="alice", sampling=marked))
+        assert planner.calls == [("bad mark",), ("add", "r", "alice", b"")]
+        connector.on_new_request(make_request(request_id="r", sampling=marked))
+        assert planner.calls[2:] == [("bad mark",)] + ([] if required else [("add", "r", "", b"")])
 
     def test_an_adapter_that_is_not_known_yet_keeps_a_request_out(self) -> None:
         planner = Recorder()

@@ -67,6 +67,12 @@ def test_any_other_is_counted_and_changes_nothing(engine: Engine, why: str) -> N
     assert engine.planner.take_salt_counts().bad_mark == 1
 
 
+def test_what_is_no_mark_at_all_is_counted_with_them(engine: Engine) -> None:
+    engine.planner.count_bad_mark()
+    assert engine.planner.take_salt_counts().bad_mark == 1
+    assert engine.planner.take_salt_counts().bad_mark == 0
+
+
 def test_a_mark_that_does_not_hold_is_no_salt(engine: Engine) -> None:
     assert add(engine, PROMPT, mark(engine, PROMPT, secret=b"2" * 32), only_published=True) == []
     assert len(add(engine, PROMPT, mark(engine, PROMPT), only_published=True)) == 1

@@ -248,7 +248,9 @@ class SalternConnector(KVConnectorBase_V1, SupportsHMA):
 
     def on_new_request(self, request: "Request") -> None:
         """Look a request's prompt up as it arrives."""
-        mark = _mark_of(request)
+        said, mark = _mark_of(request)
+        if self._planner is not None and said is not None and mark is None:
+            self._planner.count_bad_mark()
         salt = _salt_of(request, require_salt=self._settings.require_salt and mark is None)
         if self._planner is None or salt is None:
             return
@@ -451,10 +453,11 @@ def _salt_of(request: "Request", *, require_salt: bool) -> str | None:
     return (salt or "") if is_cacheable else None
 
 
-def _mark_of(request: "Request") -> Mark | None:
-    """Return a well-formed publication mark that a request carries: what clients send as parameters may be anything."""
+def _mark_of(request: "Request") -> tuple[object, Mark | None]:
+    """Return what a request carries as a publication mark, and the mark if it is well formed: it may be anything."""
     parameters = request.kv_transfer_params
-    return parse_mark(parameters.get(PUBLISH_FIELD)) if isinstance(parameters, dict) else None
+    said = parameters.get(PUBLISH_FIELD) if isinstance(parameters, dict) else None
+    return said, parse_mark(said)
 
 
 def _check_start(config: "VllmConfig") -> Settings:

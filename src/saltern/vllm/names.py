@@ -95,6 +95,10 @@ class Names:
         self.public_depth = 0
         self._public_key = public_user_key(self._naming_secret or self._session.naming_secret)
 
+    def count_bad_mark(self) -> None:
+        """Count a publication mark that is not believed."""
+        self._salts.bad_mark += 1
+
     def take_salt_counts(self) -> SaltCounts:
         """Return what the salts of requests were since the last call."""
         salts, self._salts = self._salts, SaltCounts()
@@ -141,7 +145,7 @@ class Names:
         if is_whole and mark.holds(root=self.root, content=content, secrets=secrets, now=self._wall_clock()):
             track.publication = mark.publication
         else:
-            self._salts.bad_mark += 1
+            self.count_bad_mark()
 
     def wanted(self, track: Track) -> tuple[tuple[Key, ...], tuple[Key, ...], tuple[Key, ...]]:
         """Return the keys of the blocks that a request can use, of the states behind them, and of published ones.

@@ -351,6 +351,10 @@ class Planner:
             "held blocks": self._held,
         }
 
+    def count_bad_mark(self) -> None:
+        """Count what a request carried in place of a publication mark."""
+        self._names.count_bad_mark()
+
     def take_salt_counts(self) -> SaltCounts:
         """Return what the salts of requests were since the last call."""
         return self._names.take_salt_counts()
