@@ -6,11 +6,23 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, settings
 
+from demo.engine import REQUEST_SECONDS_MAX, START_SECONDS_MAX
+
 # The same examples wherever and however slowly they run: `make fuzz` and `make simulate` are what looks further.
 settings.register_profile(
     "same", derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("same")
+
+E2E_SECONDS_MAX = START_SECONDS_MAX + 2 * REQUEST_SECONDS_MAX
+"""A slow start of an engine and slow answers, each of which says itself what it has waited for in vain."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give tests that start a real vLLM the time that they give it."""
+    for item in items:
+        if item.get_closest_marker("e2e") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(E2E_SECONDS_MAX))
 
 
 @pytest.fixture(autouse=True)

@@ -17,8 +17,6 @@ import pytest
 
 from demo.orphans import adopt
 
-pytestmark = pytest.mark.e2e
-
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = [
     "alice-cold",
@@ -36,7 +34,10 @@ NAMES = [
     "erased",
 ]
 DEMO_SECONDS_MAX = 900.0
+END_SECONDS_MAX = 100.0  # of what a demo that took longer has left
 POLL_SECONDS = 0.05
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(DEMO_SECONDS_MAX + END_SECONDS_MAX)]
 
 
 class _Step(msgspec.Struct):
@@ -63,6 +64,7 @@ class Demo:
         self._temporary.mkdir()
         self._shared_before = _shared_memory()
         self._processes_before = _descendants(os.getpid())
+        self._deadline = time.monotonic() + DEMO_SECONDS_MAX
         with self._output_path.open("wb") as output:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "demo", *arguments],
@@ -93,10 +95,9 @@ class Demo:
 
     def wait_for(self, what: str, condition: Callable[[], bool]) -> None:
         """Wait until a condition holds."""
-        deadline = time.monotonic() + DEMO_SECONDS_MAX
         while not condition():
             assert self._process.poll() is None, f"the demo ended before {what}: {self.output}"
-            assert time.monotonic() < deadline, f"waited too long for {what}: {self.output}"
+            assert time.monotonic() < self._deadline, f"waited too long for {what}: {self.output}"
             time.sleep(POLL_SECONDS)
 
     def interrupt(self, signum: int) -> None:
@@ -105,7 +106,7 @@ class Demo:
 
     def wait(self) -> int:
         """Wait for its end and return its exit status."""
-        return self._process.wait(DEMO_SECONDS_MAX)
+        return self._process.wait(max(0.0, self._deadline - time.monotonic()))
 
     def kill(self) -> None:
         """End what is left of it."""
