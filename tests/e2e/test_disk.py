@@ -15,8 +15,10 @@ import pytest
 from demo.engine import Completion, Engine
 from demo.prompts import PARAGRAPHS
 from demo.server import Server, connector_config
+from saltern.client.admin import operate
 from saltern.core.messages import PUBLIC_TENANT
 from saltern.core.snapshot import DiskStats, Snapshot
+from saltern.operations import Erase, UserErased
 from tests.e2e.conftest import PATIENCE_MS, NewSalt, Stack, Story
 from tests.e2e.test_publish import chat, publish, publish_prompt, saltern
 
@@ -153,7 +155,9 @@ def test_what_is_published_is_there_for_a_new_user_after_a_restart(
 
     assert cold == chat(stack, system_prompt, "Hello!", new_salt()) == blocks * stack.block_tokens
     publish(stack, "--remove", publication)
-    assert chat(stack, system_prompt, "Hello!", new_salt()) == 0
+    salt = new_salt()
+    assert chat(stack, system_prompt, "Hello!", salt) == 0
+    server.wait_for("what that stored is on the disk", lambda snapshot: _is_on_disk(server, snapshot, salt))
 
 
 def _public_on_disk(snapshot: Snapshot) -> int:
@@ -167,7 +171,9 @@ def test_nobody_else_gets_what_is_on_the_disk(
     prompt, cold = _stored_on_disk(stack, server, salt, story)
     _push_out_of_memory(stack, server, salt, story)
     before = stack.counts
-    foreign = stack.engine.complete(prompt, salt=new_salt())
+    blocks = server.disk.blocks
+    foreign = stack.store(prompt, new_salt())
+    server.wait_until_written(blocks + BLOCKS)
 
     assert foreign.cached_tokens == 0
     assert foreign.token_ids == cold.token_ids
@@ -215,15 +221,13 @@ def test_a_user_who_is_erased_while_decoding_gets_the_whole_answer_and_leaves_no
         decoding = pool.submit(_decode, stack, prompt, salt)
         while server.user(server.stats(), salt).blocks < 2 and not decoding.done():
             time.sleep(POLL_SECONDS)
-        server.command_line(
-            *("erase", "--tenant", "default", "--user-id", server.user_id(salt).hex()),
-            *("--socket", str(server.admin_socket_path)),
-        )
+        erased = operate(str(server.admin_socket_path), Erase("default", user=server.user_id(salt)))
         is_decoding = not decoding.done()
         completion = decoding.result()
     server.wait_for("the end of what was begun", lambda snapshot: not snapshot.arena.writing_blocks)
     server.wait_until_written(disk_blocks)
 
+    assert isinstance(erased, UserErased)
     assert is_decoding, "the erasure came too late to show anything"
     assert completion.token_ids == expected.token_ids
     assert stack.counts.refused_erased > before.refused_erased, "what came after the erasure was never offered"
@@ -259,6 +263,11 @@ def _decode(stack: Stack, prompt: list[int], salt: str) -> Completion:
 
 def _is_written(disk: DiskStats | None, blocks: int) -> bool:
     return disk is not None and disk.blocks == blocks and not disk.writing_blocks
+
+
+def _is_on_disk(server: ServerWithDisk, snapshot: Snapshot, salt: str) -> bool:
+    blocks = server.user(snapshot, salt).disk_blocks
+    return bool(blocks) and not _is_busy(snapshot.disk) and not snapshot.sessions[0].write_leases
 
 
 def _is_busy(disk: DiskStats | None) -> bool:

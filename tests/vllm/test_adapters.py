@@ -1,6 +1,7 @@
 """Adapters are known by the files that they were loaded from, not by their names."""
 
 import os
+import time
 from pathlib import Path
 
 import msgspec
@@ -21,9 +22,23 @@ class Lora(msgspec.Struct):
 def make_adapter(folder: Path, weights: bytes) -> str:
     """Write an adapter's files and return where."""
     folder.mkdir(exist_ok=True)
+    let_time_pass(folder)
     (folder / "adapter_config.json").write_text("{}")
     (folder / "adapter_model.safetensors").write_bytes(weights)
     return str(folder)
+
+
+def let_time_pass(folder: Path) -> None:
+    """Wait until what is written gets a later time than the files of a folder have.
+
+    Most kernels stamp files by a clock that moves every few milliseconds, and these tests are quicker than that.
+    """
+    latest = max((file.stat().st_ctime_ns for file in folder.iterdir()), default=0)
+    clock = folder.with_name("clock")
+    clock.touch()
+    while clock.stat().st_ctime_ns <= latest:
+        time.sleep(0.001)
+        clock.touch()
 
 
 def load(adapters: Adapters, lora: Lora, *ranks: int) -> bool:
@@ -138,6 +153,7 @@ def test_no_writer_can_hide_a_change(tmp_path: Path) -> None:
     path = make_adapter(tmp_path / "a", b"one")
     weights = tmp_path / "a" / "adapter_model.safetensors"
     before, times = files_state(path), weights.stat()
+    let_time_pass(weights.parent)
     weights.write_bytes(b"two")
     os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert files_state(path) != before
