@@ -40,8 +40,6 @@ HUNT = range(120)
 
 REGRESSIONS = {
     57: "a load that only vLLM knew to have failed was promised again, for ever",
-    5433: "a request that asked for a load waited before one whose load had failed, and for which vLLM reserves room",
-    3580: "a request whose load had failed kept vLLM from looking at the one that held the blocks it needed",
     2242: "vLLM handed out blocks that a request preempted in its own step had named and not computed",
 }
 """Seeds that found something, and what."""

@@ -287,6 +287,20 @@ class TestFailedLoads:
         engine.report()
         assert [engine.planner.match(request.request_id, 0) for _ in range(3)] == [None, 0, 0]
 
+    def test_until_its_request_starts_anew_nobody_is_promised_blocks(self, make_engine: EngineMaker) -> None:
+        engine = make_engine()
+        stored(engine, PROMPT)
+        stored(engine, PROMPT, "bob")
+        failed = engine.arrive(PROMPT, "alice")
+        engine.step()
+        engine.work(fail=True)
+        engine.report()
+        other = computing(engine, PROMPT, "bob")
+        assert match(engine, other) == 0, "vLLM has reserved room for the other and would let this one wait behind it"
+        engine.planner.admit(failed.request_id, ((0,),), 0)
+        assert match(engine, other) == len(PROMPT)
+        engine.abort(other)
+
     def test_the_bad_block_and_what_continues_it_are_discarded(self, make_engine: EngineMaker) -> None:
         engine = make_engine(store=StoreMode.PROMPT)
         stored(engine, [*PROMPT, 3, 3, 3, 3])
