@@ -6,7 +6,7 @@
 SHELL  := /bin/bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test versions check format simulate fuzz bench faults torture clean distclean
+.PHONY: help demo test versions check format simulate harness fuzz bench faults torture clean distclean
 
 # vLLM runs on 3.11 to 3.13; 3.11 comes first since that is what the numbers in docs/ were measured on.
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3 python; do \
@@ -53,6 +53,9 @@ format: $(LIGHT) ## rewrite the code as `check` wants it
 
 simulate: $(LIGHT) ## run the cache under simulated faults (SEEDS=1000: that many runs; SEED=42: one again)
 	$(RUN) -m tests.simulator $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),100))
+
+harness: $(ENGINE) ## run the connector on vLLM's own scheduler under faults (SEEDS=1000: that many runs; SEED=42: one again)
+	$(RUN) -m tests.harness --connector Saltern $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),100)) $(ARGS)
 
 fuzz: $(FUZZ) ## let strangers talk to the server, the engine and the settings (SECONDS=60 for each; ARGS=server: one)
 	$(RUN) -m fuzz --seconds $(or $(SECONDS),60) $(ARGS)
