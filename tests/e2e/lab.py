@@ -137,8 +137,9 @@ class Lab:
     def forget(self, what: str) -> None:
         """Let the running engine leave something out of its keys, so that a test may see what that leads to.
 
-        `what` is "namespace", "adapter", "embeddings" (that they aren't token ids), "change" (of weights in place),
-        "group 0" and so on (that a group of layers is loaded), or "last token" (that it is computed anew).
+        `what` is "namespace", "version" (of vLLM, in the namespace), "adapter", "embeddings" (that they aren't token
+        ids), "change" (of weights in place), "group 0" and so on (that a group of layers is loaded), or "last token"
+        (that it is computed anew).
         """
         self._call("forget", what)
 
@@ -263,11 +264,15 @@ class Bench:
     def forget(self, what: str) -> None:
         from saltern.vllm import connector as module
         from saltern.vllm import geometry, planner
+        from saltern.vllm.namespace import namespace_digest
 
         connector = self._core.scheduler.connector
         match what:
             case "namespace":
                 connector._planner.reset(b"all are one")
+            case "version":
+                facts = [worker.facts for worker in connector._handshakes]
+                connector._planner.reset(namespace_digest(connector._config, vllm_version="", worker_facts=facts))
             case "adapter":
                 self._patch(connector._adapters, "identity", mock.Mock(return_value=b""))
             case "embeddings":

@@ -158,14 +158,21 @@ def test_weights_changed_in_place_leave_what_was_computed_before(
 def test_another_version_of_vllm_finds_nothing(
     lab: Lab, start: Start, model: Path, new_salt: Callable[[], str]
 ) -> None:
-    salt = new_salt()
+    salt, confused_salt = new_salt(), new_salt()
     start(model)
     stored = _store(lab, salt)
+    lab.forget("version")
+    _store(lab, confused_salt)
+
     start(model, vllm_version="0.32.1")
     answer = lab.ask(PROMPT, salt)
+    lab.forget("version")
+    confused = lab.ask(PROMPT, confused_salt)
+
     start(model)
-    assert answer.cached_tokens == 0
     assert lab.ask(PROMPT, salt) == stored
+    assert answer.cached_tokens == 0
+    assert confused.cached_tokens == CACHED
 
 
 def test_prompt_embeddings_of_equal_length_are_not_confused(
