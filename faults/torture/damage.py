@@ -242,18 +242,23 @@ def index_pages_overwritten(scene: Scene) -> None:
     for page in range(1, scene.index.stat().st_size // INDEX_PAGE_BYTES):
         scene.put_index(copy)
         _overwrite(scene.index, page * INDEX_PAGE_BYTES, chance.randbytes(INDEX_PAGE_BYTES))
-        try:
-            scene.start()
-        except ServerError as error:
-            scene.server.stop()
-            scene.expect("check --repair" in str(error), f"it ended without saying why: {error}")
-            scene.count("refusals to start")
-        else:
-            scene.look(USERS)
-            scene.server.stop()
+        _look_or_be_refused(scene)
     scene.put_index(copy)
     scene.start()
     scene.expect(scene.look(USERS) == BLOCKS * len(USERS), "blocks were lost though the index was put back")
+
+
+def _look_or_be_refused(scene: Scene) -> None:
+    """Start on a damaged index: the server refuses, and says what to do, or serves nothing that is wrong."""
+    try:
+        scene.start()
+    except ServerError as error:
+        scene.server.stop()
+        scene.expect("check --repair" in str(error), f"it ended without saying why: {error}")
+        scene.count("refusals to start")
+    else:
+        scene.look(USERS)
+        scene.server.stop()
 
 
 def index_bits_flipped(scene: Scene) -> None:
@@ -268,15 +273,7 @@ def index_bits_flipped(scene: Scene) -> None:
         for _ in range(4):
             content = _flipped(content, chance.randrange(100, len(content)))
         scene.index.write_bytes(content)
-        try:
-            scene.start()
-        except ServerError as error:
-            scene.server.stop()
-            scene.expect("check --repair" in str(error), f"it ended without saying why: {error}")
-            scene.count("refusals to start")
-        else:
-            scene.look(USERS)
-            scene.server.stop()
+        _look_or_be_refused(scene)
     scene.put_index(copy)
     scene.start()
 

@@ -748,13 +748,12 @@ class Cache:
                 record = self.disk.find(PUBLIC_TENANT, PUBLIC_USER, key, length=None, now=self._now)
                 if record is None:
                     break
-                made = self._write(tenant, PUBLIC_USER, key, parent=parent, length=record.length, at=self._now)
+                made = self._write_from(record, tenant, parent)
                 if isinstance(made, Refusal):
                     publication.refusal = made.value
                     break
-                made.record, block = record, made
                 load.append(made)
-                self.disk.queue_read(record, made)
+                block = made
             parent = block
         if load:
             self.loads.begin(load)
@@ -852,20 +851,19 @@ class Cache:
         awaited: dict[Load, None] = {}
         fetched: list[Block] = []
         pages = self.loads.pages
-        for key, source in zip(ask.keys[len(found) :], coming, strict=False):
+        for source in coming:
             if isinstance(source, Block):
                 awaited[self.loads.load_by_block[source]] = None
                 parent = source
                 continue
             if pages >= self.pool.pages // LOADING_SHARE:
                 break
-            made = self._write(tenant, ask.user, key, parent=parent, length=source.length, at=self._now)
+            made = self._write_from(source, tenant, parent)
             if isinstance(made, Refusal):
                 break
             pages += made.pages
-            made.record, parent = source, made
+            parent = made
             fetched.append(made)
-            self.disk.queue_read(source, made)
         self._touch([block for block in coming if isinstance(block, Block)])
         self._touch(fetched)
         if fetched:
@@ -880,6 +878,15 @@ class Cache:
         )
         self._log("loading", session, tenant=tenant.name, blocks=len(fetched), detail=f"of {len(ask.keys)}")
         return True
+
+    def _write_from(self, record: StoredBlock, tenant: Tenant[Block], parent: Block | None) -> Block | Refusal:
+        """Make one block to be read from the disk, evicting what must go for it."""
+        name = record.name
+        made = self._write(tenant, name.user, name.key, parent=parent, length=record.length, at=self._now)
+        if not isinstance(made, Refusal):
+            made.record = record
+            self.disk.queue_read(record, made)
+        return made
 
     def _end_read(self, op: OpId, *, seconds: float | None, loss: Loss | None = None) -> None:
         block = self.disk.end_read(op, seconds=seconds)

@@ -82,7 +82,10 @@ class Loads:
             waiting.left -= 1
             if not waiting.left:
                 self.answerable.append(waiting)
-        return self._unawaited(load)
+        if load.waiting:
+            return None
+        self.pages -= load.pages
+        return load
 
     def take(self) -> Waiting:
         """Take the request that could be answered first. Call `leave` once it is."""
@@ -96,11 +99,6 @@ class Loads:
             del of_session[tenant]
         for load in waiting.loads:
             del load.waiting[waiting]
-        return [load for load in waiting.loads if self._unawaited(load)]
-
-    def _unawaited(self, load: Load) -> Load | None:
-        """Return a load that has ended if nobody waits for it any more, and count it no longer."""
-        if load.waiting:
-            return None
-        self.pages -= load.pages
-        return load
+        unawaited = [load for load in waiting.loads if not load.waiting]
+        self.pages -= sum(load.pages for load in unawaited)
+        return unawaited
