@@ -20,12 +20,16 @@ pytestmark = pytest.mark.e2e
 
 CACHED = 256  # tokens of `PROMPT` that fill blocks
 
-FORMS: dict[str, tuple[Callable[[Path], Path], int, dict[str, Any]]] = {  # with the number of ranks
-    "TP 2": (make_llama, 2, {"tensor_parallel_size": 2}),
-    "PP 2": (make_llama, 2, {"pipeline_parallel_size": 2}),
-    "MLA": (make_deepseek, 1, {}),
-    "MLA with TP 2": (make_deepseek, 2, {"tensor_parallel_size": 2}),
-}
+NEEDS_AMX = pytest.mark.skipif(
+    "amx_tile" not in Path("/proc/cpuinfo").read_text(), reason="vLLM reuses no prefix of MLA on a CPU without AMX"
+)
+
+FORMS = [  # the last but one is the number of ranks
+    pytest.param(make_llama, 2, {"tensor_parallel_size": 2}, id="TP 2"),
+    pytest.param(make_llama, 2, {"pipeline_parallel_size": 2}, id="PP 2"),
+    pytest.param(make_deepseek, 1, {}, id="MLA", marks=NEEDS_AMX),
+    pytest.param(make_deepseek, 2, {"tensor_parallel_size": 2}, id="MLA with TP 2", marks=NEEDS_AMX),
+]
 
 
 @pytest.fixture
@@ -36,7 +40,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
     server.stop()
 
 
-@pytest.mark.parametrize(("make_model", "ranks", "arguments"), FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize(("make_model", "ranks", "arguments"), FORMS)
 def test_a_prefix_comes_back_to_all_ranks(
     lab: Lab,
     server: Server,
@@ -68,6 +72,7 @@ def test_a_prefix_comes_back_to_all_ranks(
     server.wait_for("all leases to end", _is_at_rest)
 
 
+@NEEDS_AMX
 def test_ranks_with_one_latent_share_it_in_the_cache(lab: Lab, server: Server, tmp_path: Path) -> None:
     """Both ranks hold the same KV, and what one has written both read: the test above sees that it is right."""
     model = make_deepseek(tmp_path / "model")
@@ -80,6 +85,14 @@ def test_ranks_with_one_latent_share_it_in_the_cache(lab: Lab, server: Server, t
         lab.end()
         server.wait_for("the session to end", lambda snapshot: not snapshot.sessions)
     assert sizes[0] == sizes[1]
+
+
+def test_mla_is_refused_where_vllm_reuses_no_prefix_of_it(lab: Lab, server: Server, tmp_path: Path) -> None:
+    model, reference = make_deepseek(tmp_path / "model"), {"attention_config": {"backend": "CPU_MLA"}}
+    with pytest.raises(LabError, match="MLA on this CPU"):
+        lab.start(model, socket_path=server.socket_path, **reference)
+    lab.start(model, enable_prefix_caching=True, **reference)
+    assert [lab.ask(PROMPT, "alice").cached_tokens for _ in range(2)] == [0, 0]
 
 
 def test_engines_of_one_server_find_what_the_other_has_stored(model: Path, server: Server, tmp_path: Path) -> None:

@@ -51,8 +51,9 @@ def make_config(**changes: Any) -> Any:
             kv_connector_extra_config={"saltern.socket": "/nowhere/saltern.sock"},
             engine_id="engine",
         ),
-        cache_config=SimpleNamespace(cache_dtype="auto"),
-        model_config=SimpleNamespace(is_encoder_decoder=False),
+        cache_config=SimpleNamespace(cache_dtype="auto", enable_prefix_caching=False),
+        model_config=SimpleNamespace(is_encoder_decoder=False, use_mla=False),
+        scheduler_config=SimpleNamespace(enable_chunked_prefill=False),
         parallel_config=SimpleNamespace(
             nnodes=1, decode_context_parallel_size=1, prefill_context_parallel_size=1, world_size=2, rank=0
         ),
@@ -101,6 +102,12 @@ class TestStart:
         _check_start(make_config(cache_config__cache_dtype=dtype))
 
     @pytest.mark.parametrize(
+        "able_to", ["cache_config__enable_prefix_caching", "scheduler_config__enable_chunked_prefill"]
+    )
+    def test_mla_is_accepted_where_vllm_computes_behind_a_prefix(self, able_to: str) -> None:
+        _check_start(make_config(model_config__use_mla=True, **{able_to: True}))
+
+    @pytest.mark.parametrize(
         ("changes", "told"),
         [
             ({"kv_transfer_config__kv_role": "kv_producer"}, '"kv_role": "kv_both"'),
@@ -109,6 +116,7 @@ class TestStart:
             ({"kv_transfer_config__kv_connector_extra_config": {"saltern.sockt": ""}}, "saltern.socket"),
             ({"cache_config__cache_dtype": "fp8_per_token_head"}, "--kv-cache-dtype fp8_per_token_head"),
             ({"model_config__is_encoder_decoder": True}, "encoder-decoder"),
+            ({"model_config__use_mla": True}, "MLA on this CPU"),
             ({"parallel_config__nnodes": 2}, "several nodes"),
             ({"parallel_config__decode_context_parallel_size": 2}, "context parallelism"),
             ({"parallel_config__prefill_context_parallel_size": 2}, "context parallelism"),

@@ -24,6 +24,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
+from vllm.platforms import current_platform
 
 from saltern.client.lifeline import Lifeline
 from saltern.core.keys import digest
@@ -485,6 +486,16 @@ def _check_start(config: "VllmConfig") -> Settings:
         or config.parallel_config.prefill_context_parallel_size > 1
     ):
         raise SettingsError("Saltern doesn't support context parallelism")
+    if (
+        config.model_config.use_mla
+        and current_platform.is_cpu()
+        and not config.cache_config.enable_prefix_caching
+        and not config.scheduler_config.enable_chunked_prefill
+    ):
+        raise SettingsError(
+            "Saltern doesn't support MLA on this CPU: without AMX vLLM reuses no prefix there, and turns its own prefix"
+            " caching off as well"
+        )
     speculative = config.speculative_config
     if speculative is not None and speculative.method not in {"ngram", "suffix"}:
         raise SettingsError(f"Saltern doesn't support speculation with a draft model ({speculative.method})")
