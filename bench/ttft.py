@@ -18,9 +18,8 @@ from bench.report import Cell, Report, Table, Target, spread
 from bench.rounds import interleaved, median
 from bench.serving import Server, until
 from demo.engine import Engine
-from demo.model import ensure_model
+from demo.model import BLOCK_TOKENS, ensure_model
 
-BLOCK_TOKENS = 128  # vLLM's block on the CPU, and with it ours
 TOKEN_IDS = range(1_000, 40_000)  # ordinary ones of SmolLM2's 49,152
 RATIO_MAX = 1.2
 SPINNING_SECONDS = 1.1

@@ -20,9 +20,9 @@ from typing import NamedTuple
 from bench.report import Cell, Report, Table, Target, spread
 from bench.rounds import interleaved, median
 from bench.serving import Server, until
-from bench.ttft import BLOCK_TOKENS, SPINNING_SECONDS, TOKEN_IDS, connector
+from bench.ttft import SPINNING_SECONDS, TOKEN_IDS, connector
 from demo.engine import Completion, Engine
-from demo.model import ensure_model
+from demo.model import BLOCK_TOKENS, ensure_model
 
 ARENA_BYTES = 512 * 1024**2
 DISK_BYTES = 4 * 1024**3

@@ -16,15 +16,15 @@ import msgspec
 from demo.engine import Engine, EngineError
 from demo.front import Front
 from demo.interrupts import Interrupted, deferred, interruptible
-from demo.model import MODEL_NAME, ensure_model
+from demo.model import MODEL_NAME, ensure_model, room_for
 from demo.orphans import adopt, bury
 from demo.screen import Screen
 from demo.server import Server, ServerError, connector_config
 from demo.steps import STEPS, Scene, Step, not_reached, take_step
 
-ARENA = "160 MiB"  # 56 blocks: the smaller, the sooner it is flooded
-DISK = "1 GiB"  # more than all steps together store
-USER_LIMIT = "26 MiB"  # alice's prompt needs 23 of them, carol's three together 34
+ARENA = room_for(56)  # the smaller, the sooner it is flooded
+DISK = room_for(360)  # more than all steps together store
+USER_LIMIT = room_for(9)  # alice's prompt has 8, carol's three together 12
 PATIENCE_MS = 2000
 
 EPILOGUE = """\

@@ -21,6 +21,7 @@ from typing import IO, Self
 import msgspec
 
 from demo.interrupts import deferred
+from demo.model import DTYPE
 
 START_SECONDS_MAX = 500.0  # a quiet machine with two cores takes 25; a loaded one many times that
 STOP_SECONDS_MAX = 20.0
@@ -180,7 +181,7 @@ class Engine:
             *("--served-model-name", self._model.name),
             *("--host", "127.0.0.1"),
             *("--port", str(self.port)),
-            *("--dtype", "bfloat16"),
+            *("--dtype", DTYPE),
             *("--max-model-len", str(MODEL_MAX_TOKENS)),
             "--enforce-eager",  # compiling would double the start
             "--enable-prompt-tokens-details",  # without it no answer says how many tokens were cached

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import sys
 import tempfile
 from pathlib import Path
@@ -20,8 +21,25 @@ MODEL_NAME = "SmolLM2-135M-Instruct"
 MODELS_FOLDER = Path(__file__).resolve().parent.parent / ".cache" / "models"
 GGUF_NAME = f"{MODEL_NAME}.Q4_1.gguf"
 
-# 30 layers x (K + V) x 3 KV heads x 64 values a head x 2 bytes of bfloat16.
-KV_BYTES_PER_TOKEN = 30 * 2 * 3 * 64 * 2
+BLOCK_TOKENS = 128  # the connector's default, and vLLM's block on the CPU
+
+
+def _dtype() -> str:
+    """Return the type that this CPU computes fast in: without AVX-512, bfloat16 takes several times as long."""
+    is_slow = platform.machine() == "x86_64" and "avx512f" not in Path("/proc/cpuinfo").read_text()
+    return "float32" if is_slow else "bfloat16"
+
+
+DTYPE = _dtype()
+"""What the engines compute in, and keep KV in."""
+
+# 30 layers x (K + V) x 3 KV heads x 64 values a head.
+KV_BYTES_PER_TOKEN = 30 * 2 * 3 * 64 * {"bfloat16": 2, "float32": 4}[DTYPE]
+
+
+def room_for(blocks: int) -> str:
+    """Return the size of so many blocks of the model, as settings have it."""
+    return f"{blocks * BLOCK_TOKENS * KV_BYTES_PER_TOKEN} B"
 
 
 def ensure_model(models_folder: Path = MODELS_FOLDER) -> Path:

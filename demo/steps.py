@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from demo.engine import Completion, Engine, EngineError, RequestError
 from demo.front import ALICE, BOB, DAVE, ERIN, EVE, MALLORY, Front, User
-from demo.model import KV_BYTES_PER_TOKEN
+from demo.model import KV_BYTES_PER_TOKEN, room_for
 from demo.prompts import FLOOD, MESSAGE, OTHER_STORIES, STORY, SYSTEM_PROMPT
 from demo.server import Server, ServerError
 from saltern.audit import Line
@@ -30,10 +30,10 @@ SAMPLE_SECONDS = 0.01
 REATTACH_SECONDS_MAX = 30.0
 SETTLE_SECONDS_MAX = 30.0
 
-GUARANTEE = "72 MiB"  # alice's prompt, hers and bob's, needs 46; it also says how much may be read at one time
-FLOODER_GUARANTEE = "16 MiB"
+GUARANTEE = room_for(25)  # alice's prompt, hers and bob's, has 16; it also says how much may be read at one time
+FLOODER_GUARANTEE = room_for(6)
 FLOODER_WEIGHT = 32  # it may borrow so much that without a guarantee everybody else would have to give way
-PUBLIC_GUARANTEE = "12 MiB"  # four blocks
+PUBLIC_GUARANTEE = room_for(4)
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True):

@@ -13,6 +13,7 @@ from itertools import count
 from pathlib import Path
 
 from demo.engine import Completion, Engine, EngineError, RequestError
+from demo.model import BLOCK_TOKENS
 from demo.orphans import bury
 from demo.prompts import STORY
 from demo.server import Server, ServerError, connector_config
@@ -39,7 +40,6 @@ SETTLE_SECONDS_MAX = 60.0
 ATTEMPTS_MAX = 8
 REFUSED_SECONDS_MAX = 30.0
 POLL_SECONDS = 0.02
-BLOCK_TOKENS = 128  # the connector's default, and vLLM's block on the CPU
 
 
 class NotReachedError(Exception):

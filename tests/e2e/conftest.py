@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from demo.engine import Completion, Engine
-from demo.model import KV_BYTES_PER_TOKEN, ensure_model
+from demo.model import KV_BYTES_PER_TOKEN, ensure_model, room_for
 from demo.prompts import PARAGRAPHS
 from demo.server import Server, connector_config
 from saltern.core.snapshot import Counts
@@ -91,7 +91,7 @@ def stack(model: Path) -> Iterator[Stack]:
     """One server and one engine for most tests, each of which uses salts of its own."""
     with tempfile.TemporaryDirectory(prefix="saltern-e2e-") as name:
         folder = Path(name)
-        server = Server(folder, arena="1 GiB", log_level="debug")
+        server = Server(folder, arena=room_for(360), log_level="debug")
         relay = Relay(folder / "relay.sock", server.socket_path)
         engine = Engine(
             model,

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from demo.engine import Engine
+from demo.model import room_for
 from demo.server import Server, connector_config
 from tests.e2e.conftest import PATIENCE_MS, NewSalt, Stack, Story
 
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.e2e
 def stack(model: Path) -> Iterator[Stack]:
     with tempfile.TemporaryDirectory(prefix="saltern-e2e-") as name:
         folder = Path(name)
-        server = Server(folder, arena="512 MiB")
+        server = Server(folder, arena=room_for(180))
         engine = Engine(
             model,
             log_path=folder / "vllm.log",

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from demo.engine import Completion, Engine
+from demo.model import room_for
 from demo.prompts import PARAGRAPHS
 from demo.server import Server, connector_config
 from saltern.client.admin import operate
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.e2e
 
 REST = 9  # tokens of a prompt that fill no block
 BLOCKS = 5
-USER_LIMIT = "14400 KiB"  # five blocks: of whoever stores two prompts of five memory has only the second
+USER_LIMIT = room_for(5)  # of whoever stores two prompts of five memory has only the second
 ATTACH_SECONDS_MAX = 60.0
 POLL_SECONDS = 0.02
 
@@ -48,7 +49,7 @@ class ServerWithDisk(Server):
     """A server whose disk stands still while `held` is there."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(folder, arena="512 MiB", disk="1 GiB", user_limit=USER_LIMIT, log_level="debug")
+        super().__init__(folder, arena=room_for(180), disk=room_for(360), user_limit=USER_LIMIT, log_level="debug")
         self.held = folder / "held"
 
     @property

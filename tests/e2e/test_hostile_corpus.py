@@ -20,7 +20,7 @@ import pytest
 from hypothesis import HealthCheck, given, seed, settings
 
 from demo.engine import REQUEST_SECONDS_MAX, Completion, Engine, EngineError
-from demo.model import MODEL_NAME
+from demo.model import MODEL_NAME, room_for
 from demo.server import Server, connector_config
 from saltern.core.snapshot import Snapshot
 from tests.e2e.conftest import PATIENCE_MS, SALT_MARK, NewSalt, Stack, Story
@@ -56,7 +56,7 @@ def hostile_stack(model: Path) -> Iterator[Stack]:
     """The same with Saltern."""
     with tempfile.TemporaryDirectory(prefix="saltern-e2e-") as name:
         folder = Path(name)
-        server = Server(folder, arena="256 MiB", log_level="debug")
+        server = Server(folder, arena=room_for(90), log_level="debug")
         engine = Engine(
             model,
             log_path=folder / "vllm.log",

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from demo.engine import Engine
+from demo.model import BLOCK_TOKENS, room_for
 from demo.server import Server, connector_config
 from saltern.apikeys import Role, add_key, read_keys, revoke_key
 from saltern.secret import read_signing_secrets
@@ -31,7 +32,6 @@ pytestmark = pytest.mark.e2e
 REPOSITORY = Path(__file__).resolve().parents[2]
 ALICE, BOB = Signed("acme", user_tag("acme", "alice")), Signed("acme", user_tag("acme", "bob"))
 STRANGER = Signed("umbrella", user_tag("umbrella", ""))
-BLOCK_TOKENS = 128
 WAIT_SECONDS_MAX = 60.0
 BODY_BYTES_MAX = 4 * 1024 * 1024
 
@@ -132,7 +132,7 @@ class Front:
 @pytest.fixture(scope="module")
 def front(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
     folder = tmp_path_factory.mktemp("front")
-    server = Server(folder, arena="512 MiB", log_level="debug")
+    server = Server(folder, arena=room_for(180), log_level="debug")
     (folder / "arrived").touch()
     keys = folder / "keys.json"
 

@@ -88,7 +88,8 @@ def test_ranks_with_one_latent_share_it_in_the_cache(lab: Lab, server: Server, t
 
 
 def test_mla_is_refused_where_vllm_reuses_no_prefix_of_it(lab: Lab, server: Server, tmp_path: Path) -> None:
-    model, reference = make_deepseek(tmp_path / "model"), {"attention_config": {"backend": "CPU_MLA"}}
+    model = make_deepseek(tmp_path / "model")
+    reference: dict[str, Any] = {"attention_config": {"backend": "CPU_MLA"}}
     with pytest.raises(LabError, match="MLA on this CPU"):
         lab.start(model, socket_path=server.socket_path, **reference)
     lab.start(model, enable_prefix_caching=True, **reference)

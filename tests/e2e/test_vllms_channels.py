@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from demo.engine import Engine
-from demo.model import KV_BYTES_PER_TOKEN
+from demo.model import KV_BYTES_PER_TOKEN, room_for
 from demo.server import Server, connector_config
 from tests.e2e.conftest import PATIENCE_MS, NewSalt, Stack, Story
 
@@ -32,7 +32,7 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def stack(model: Path, folder: Path) -> Iterator[Stack]:
-    server = Server(folder, arena="512 MiB")
+    server = Server(folder, arena=room_for(180))
     events = {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": _endpoint(folder)}
     engine = Engine(
         model,
