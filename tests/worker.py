@@ -2,7 +2,7 @@
 
 hold SESSION   use the arena           write TEXT     put text at its start
 read BYTES     read from its start     close          close the lifeline, and stay
-fork           start a child that outlives us and does nothing; answers with its process id
+fork           start a child that outlives us and does nothing; it answers itself, with its process id
 """
 
 import os
@@ -27,10 +27,10 @@ def main() -> None:
             mapping = lifeline.hold(bytes.fromhex(argument), timeout=30.0)
             answer = "ok" if mapping else "none"
         elif command == "fork":
-            child = os.fork()
-            if not child:
-                signal.pause()
-            answer = str(child)
+            if os.fork():
+                continue
+            print(os.getpid(), flush=True)
+            signal.pause()
         elif command == "close":
             if mapping:
                 mapping.release()

@@ -303,7 +303,7 @@ def test_leases_hold_until_the_last_worker_is_gone() -> None:
         pin(engine, 2)
         assert worker.tell(f"hold {engine.incarnation.hex()}") == "ok"
         engine.close()
-        until(lambda: server.stats().sessions[0].state == "ended", "the session ends")
+        until(lambda: all(session.state == "ended" for session in server.stats().sessions), "the session ends")
         assert server.stats().arena.pinned_blocks == 2
         worker.kill()
         until(lambda: not server.stats().sessions, "the leases fall")

@@ -272,6 +272,8 @@ class TestEnds:
             step(slow)
             steps += 1
             assert steps <= LOAD_PATIENCE_SECONDS / STEP_SECONDS + 1, "an engine without requests spins"
+        waited = 3  # steps at most, until the abort
+        assert steps >= LOAD_PATIENCE_SECONDS / STEP_SECONDS - waited, "what the disk brings now stays pinned"
         slow.server.disconnect(slow.lines[-1])  # which never brings it
 
     def test_a_request_that_gave_up_and_was_preempted_asks_anew(self, slow: Engine) -> None:
@@ -302,6 +304,8 @@ STRANGE: dict[str, Told] = {
     "of more than there is": once(Loading(0, 2**63, 0.1)),
     "of nothing": once(Loading(0, 0, 0.1)),
     "from before now": once(Loading(0, 2, -1e300)),
+    "for ever": once(Loading(0, 2, 1e300)),
+    "for a time that is no number": once(Loading(0, 2, float("nan"))),
     "and is not answered in its turn": lambda reply: [],
     "and looks up": lambda reply: [LookedUp(reply.request, 2)],
     "and reserves": lambda reply: [Reserved(reply.request, 0, (), 0, None)],
