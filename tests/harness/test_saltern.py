@@ -1,9 +1,7 @@
 """Tests of Saltern on vLLM's real scheduler: its promises, seeded lives, and mutants of it that these catch."""
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import msgspec
 import pytest
@@ -16,6 +14,7 @@ from saltern.vllm.connector import SalternConnector
 from saltern.vllm.copier import Shard
 from saltern.vllm.copies import Copy, Piece
 from saltern.vllm.settings import PATIENCE_MS
+from tests.test_docs import rows_headed
 
 from . import hostile
 from . import saltern_mutants as mutants
@@ -31,9 +30,6 @@ from .saltern_world import Greedy, SteppedCopier, Weather, World
 from .shrink import shrink
 from .sweeps import ENGINES as SWEPT_ENGINES
 from .sweeps import STEPS, SWEEPS, base
-
-ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "correctness.md"
 
 SEEDS = (*range(40), 139, 227, 245)  # the last ones lose much of what is on the disk
 HUNT = range(120)
@@ -318,18 +314,6 @@ def test_mutant_is_caught(mutant: Callable[[pytest.MonkeyPatch], None]) -> None:
             hunt((*KNOWN_SEEDS.get(mutant, ()), *HUNT))
 
 
-def _tables() -> list[dict[str, str]]:
-    """Return the last cell of each row of the page's tables, by the name in backquotes in the second."""
-    tables: list[dict[str, str]] = [{}]
-    for line in PAGE.read_text("utf-8").splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if not line.startswith("|"):
-            tables.append({})
-        elif match := re.match(r"`(\w+)`", cells[1]):
-            tables[-1][match[1]] = cells[-1]
-    return [table for table in tables if table]
-
-
 def test_the_page_has_every_mutant_and_how_it_is_found() -> None:
     expected = {
         mutant.__name__: ", ".join(finding.__name__ for finding in findings)
@@ -337,15 +321,8 @@ def test_the_page_has_every_mutant_and_how_it_is_found() -> None:
     }
     expected |= dict.fromkeys((mutant.__name__ for mutant in mutants.HOSTILE), EngineDied.__name__)
     expected[mutants.wipes_the_server_at_a_reset.__name__] = AssertionError.__name__
-    assert _tables()[0] == expected
-
-
-def test_the_page_names_tests_that_exist() -> None:
-    for name, cell in _tables()[1].items():
-        match = re.fullmatch(rf"`{name}` in `([\w/.]+)`", cell)
-        assert match, f"where {name} is can't be read"
-        text = (ROOT / match[1]).read_text("utf-8")
-        assert re.search(rf"^ *def {name}\(", text, re.MULTILINE), f"no {name} in {match[1]}"
+    rows = rows_headed("docs/correctness.md", "rule", "mutant", "found as")
+    assert {mutant.strip("`"): found_as for _, mutant, found_as in rows} == expected
 
 
 def hunt(seeds: Iterable[int]) -> None:
