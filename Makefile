@@ -19,7 +19,7 @@ PIP_ARGS ?=
 VENV   := .venv
 VLLM   := demo
 RUN    := $(VENV)/bin/python
-PIP    := $(RUN) -m pip --disable-pip-version-check install --quiet --no-compile $(PIP_ARGS)
+PIP    := $(RUN) -m pip --disable-pip-version-check install --quiet $(PIP_ARGS)
 LIGHT  := $(VENV)/.stamp-light
 FUZZ   := $(VENV)/.stamp-fuzz
 ENGINE := $(VENV)/.stamp-engine
@@ -40,6 +40,7 @@ test: $(ENGINE) $(MODEL) ## run every test, end to end included (ARGS='-k quota'
 versions: ## test with the oldest vLLM that is supported (SEEDS=1000: that many runs of the harness)
 	$(MAKE) VENV=.venv-oldest VLLM=oldest test ARGS='tests/vllm tests/harness tests/e2e/test_cache.py $(ARGS)'
 	.venv-oldest/bin/python -m tests.harness --connector Saltern --seeds $(or $(SEEDS),100)
+	$(MAKE) test ARGS=tests/e2e/test_two_versions.py
 
 check: $(LIGHT) ## lint, format, types, import rules
 	$(RUN) -m ruff check .
