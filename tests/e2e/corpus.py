@@ -10,16 +10,20 @@ import json
 import pickle
 from base64 import b64encode
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from demo.model import MODEL_NAME
 from tests.e2e.conftest import SALT_MARK
+from tests.e2e.models import make_lora
 
 CONTEXT_TOKENS = 1024
 VOCABULARY = 49_152
 HIDDEN = 576  # SmolLM2-135M's
+LAYERS, KV = 30, 3 * 64
+ADAPTER = "adapter"
 
 ENGINE_ARGS = (
     *("--max-model-len", str(CONTEXT_TOKENS)),
@@ -60,6 +64,43 @@ def case(path: str = COMPLETIONS, /, **fields: Any) -> Case:
 def corpus() -> dict[str, Case]:
     """Return all of them, by name, in the order in which they are sent."""
     return _salts() | _transfers() | _prompts() | _embeddings() | _numbers() | _outputs() | _models() | _bodies()
+
+
+def adapter_args(folder: Path) -> tuple[str, ...]:
+    """Return the arguments of an engine with an adapter, which is written to `folder`.
+
+    It gets a corpus of its own: on a CPU, with adapters, `prompt_logprobs` beside other requests end vLLM 0.32 itself.
+    """
+    adapter = {"name": ADAPTER, "path": str(make_lora(folder, seed=1, layers=LAYERS, hidden=HIDDEN, kv=KV))}
+    context = ("--max-model-len", str(CONTEXT_TOKENS))
+    return (*context, "--enable-lora", "--max-lora-rank", "8", "--lora-modules", json.dumps(adapter))
+
+
+def adapters() -> dict[str, Case]:
+    """Return requests for adapters that are there and that aren't, by name, for an engine with `adapter_args`."""
+    request = {"lora_name": ADAPTER, "lora_int_id": -1, "lora_path": "/"}
+    names: tuple[Any, ...] = (
+        ADAPTER,
+        f"{ADAPTER} ",
+        f"{ADAPTER}\0",
+        f"../{ADAPTER}",
+        f"{ADAPTER}\ud800",
+        ADAPTER.upper(),
+        ADAPTER * 10_000,
+        [ADAPTER],
+        request,
+        1,
+        -1,
+    )
+    cases = {f"{str(name)[:12]!r} {number}": case(model=name) for number, name in enumerate(names)}
+    cases |= {f"chat {name!r}": case(CHAT, model=name) for name in (ADAPTER, f"{ADAPTER}/", "")}
+    for field in ("lora_name", "lora_request", "adapter", "lora_int_id"):
+        cases |= {f"{field}: {value!r}": case(**{field: value}) for value in (ADAPTER, request, 2**63, None)}
+    long = "Good morning. " * 80  # two blocks and more
+    for number, salt in enumerate(("a", "a", "b", None, "", 7)):
+        cases[f"adapter of salt {number}"] = case(model=ADAPTER, prompt=long, cache_salt=salt)
+        cases[f"model of salt {number}"] = case(prompt=long, cache_salt=salt)
+    return cases
 
 
 def _salts() -> dict[str, Case]:

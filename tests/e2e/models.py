@@ -121,18 +121,21 @@ def make_qwen(folder: Path, *, seed: int = 0) -> Path:
     return _save(model, folder, seed)
 
 
-def make_lora(folder: Path, *, seed: int) -> Path:
-    """Write an adapter of rank 8 for `make_llama`'s keys and values, as large an addition as what it adds to."""
+def make_lora(folder: Path, *, seed: int, layers: int = 2, hidden: int = HIDDEN, kv: int = 2 * 32) -> Path:
+    """Write an adapter of rank 8 for a model's keys and values, by default `make_llama`'s.
+
+    To those of that model it is as large an addition as what it adds to.
+    """
     import torch
     from safetensors.torch import save_file
 
     rank, generator = 8, torch.Generator().manual_seed(seed)
     tensors = {}
-    for layer in range(_SIZES["num_hidden_layers"]):
+    for layer in range(layers):
         for module in ("k_proj", "v_proj"):
             name = f"base_model.model.model.layers.{layer}.self_attn.{module}"
-            tensors[f"{name}.lora_A.weight"] = torch.randn(rank, HIDDEN, generator=generator) / HIDDEN**0.5
-            tensors[f"{name}.lora_B.weight"] = torch.randn(2 * 32, rank, generator=generator) / 2
+            tensors[f"{name}.lora_A.weight"] = torch.randn(rank, hidden, generator=generator) / hidden**0.5
+            tensors[f"{name}.lora_B.weight"] = torch.randn(kv, rank, generator=generator) / 2
     folder.mkdir(parents=True, exist_ok=True)
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": ["k_proj", "v_proj"]}
     (folder / "adapter_config.json").write_text(json.dumps(config))

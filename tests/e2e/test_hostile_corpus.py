@@ -17,6 +17,7 @@ from random import Random
 from typing import Any
 
 import pytest
+import schemathesis
 from hypothesis import HealthCheck, given, seed, settings
 
 from demo.engine import REQUEST_SECONDS_MAX, Completion, Engine, EngineError
@@ -48,7 +49,7 @@ def plain_outcomes(model: Path) -> dict[str, Outcome]:
     with tempfile.TemporaryDirectory(prefix="saltern-e2e-") as name:
         log_path = Path(name) / "vllm.log"
         with Engine(model, log_path=log_path, prefix_caching=False, extra_args=ENGINE_ARGS) as engine:
-            return outcomes(engine)
+            return outcomes(engine, corpus())
 
 
 @pytest.fixture(scope="module")
@@ -77,13 +78,7 @@ def test_every_request_is_answered_as_without_saltern(
     plain_outcomes: dict[str, Outcome], hostile_stack: Stack, new_salt: NewSalt, story: Story
 ) -> None:  # in this order: the engine without Saltern is gone when the one with it starts
     with bystander(hostile_stack, new_salt(), story):
-        got = outcomes(hostile_stack.engine)
-        requests = corpus()
-        for name in [name for name in got if got[name] != plain_outcomes[name]]:
-            # What a busy machine made of it is gone when it is sent again, what Saltern made of it is not.
-            again = [outcome(hostile_stack.engine, requests[name]) for _ in range(AGAIN)]
-            got[name] = plain_outcomes[name] if plain_outcomes[name] in again else again[-1]
-    pairs = {name: (plain_outcomes[name], got[name]) for name in got if got[name] != plain_outcomes[name]}
+        pairs = differences(hostile_stack.engine, corpus(), plain_outcomes)
     assert {name: pair for name, pair in pairs.items() if TOSS_UP not in repr(pair)} == {}
     hostile_stack.server.wait_for("all leases to end", has_no_lease)
 
@@ -128,7 +123,6 @@ def test_nothing_harms_anybody_that_the_schema(
     hostile_stack: Stack, new_salt: NewSalt, story: Story, route: str, mode: str
 ) -> None:
     """Requests by chance, as vLLM itself describes them."""
-    schemathesis = pytest.importorskip("schemathesis", reason="`make fuzz` installs schemathesis")
     schema = schemathesis.openapi.from_url(f"http://127.0.0.1:{hostile_stack.engine.port}/openapi.json")
     modes = {"allows": schemathesis.GenerationMode.POSITIVE, "forbids": schemathesis.GenerationMode.NEGATIVE}
     honest = json.loads(case(route).body)
@@ -203,9 +197,20 @@ def wait_until_quiet(engine: Engine) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def outcomes(engine: Engine) -> dict[str, Outcome]:
-    """Send the whole corpus, a few requests at a time."""
-    requests = corpus()
+def differences(
+    engine: Engine, requests: dict[str, Case], plain_outcomes: dict[str, Outcome]
+) -> dict[str, tuple[Outcome, Outcome]]:
+    """Send requests, and return of those that don't come to what they came to elsewhere both outcomes."""
+    got = outcomes(engine, requests)
+    for name in [name for name in got if got[name] != plain_outcomes[name]]:
+        # What a busy machine made of it is gone when it is sent again, what Saltern made of it is not.
+        again = [outcome(engine, requests[name]) for _ in range(AGAIN)]
+        got[name] = plain_outcomes[name] if plain_outcomes[name] in again else again[-1]
+    return {name: (plain_outcomes[name], got[name]) for name in got if got[name] != plain_outcomes[name]}
+
+
+def outcomes(engine: Engine, requests: dict[str, Case]) -> dict[str, Outcome]:
+    """Send requests, a few at a time."""
     with ThreadPoolExecutor(4) as pool:
         return dict(zip(requests, pool.map(lambda request: outcome(engine, request), requests.values()), strict=True))
 
