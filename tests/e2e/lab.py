@@ -73,15 +73,15 @@ class Lora(msgspec.Struct, frozen=True):
 
 
 class Lab:
-    """The test's end, a context manager. What vLLM says goes to `log_path`."""
+    """The test's end, a context manager. What vLLM says goes to `log_path`; `python` has the vLLM that is wanted."""
 
-    def __init__(self, log_path: Path) -> None:
+    def __init__(self, log_path: Path, *, python: str = sys.executable) -> None:
         self.log_path = log_path
         asked, ask = os.pipe()
         answered, answer = os.pipe()
         with log_path.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.e2e.lab", str(asked), str(answer)],
+                [python, "-m", "tests.e2e.lab", str(asked), str(answer)],
                 cwd=REPOSITORY,
                 env={**os.environ, **ENVIRONMENT},
                 stdin=subprocess.DEVNULL,
@@ -134,12 +134,16 @@ class Lab:
         """Return how long the running engine's blocks of the cache are."""
         return int(self._call("block_tokens"))
 
+    def vllm_version(self) -> str:
+        """Return the version of vLLM that the engines are."""
+        return str(self._call("vllm_version"))
+
     def forget(self, what: str) -> None:
         """Let the running engine leave something out of its keys, so that a test may see what that leads to.
 
-        `what` is "namespace", "version" (of vLLM, in the namespace), "adapter", "embeddings" (that they aren't token
-        ids), "change" (of weights in place), "group 0" and so on (that a group of layers is loaded), or "last token"
-        (that it is computed anew).
+        `what` is "namespace", "version" (of vLLM, in the namespace), "adapter", "files" (of an adapter, which then goes
+        by its name), "embeddings" (that they aren't token ids), "change" (of weights in place), "group 0" and so on
+        (that a group of layers is loaded), or "last token" (that it is computed anew).
         """
         self._call("forget", what)
 
@@ -261,6 +265,11 @@ class Bench:
         block_tokens: int = self._core.scheduler.connector._geometry.block_tokens
         return block_tokens
 
+    def vllm_version(self) -> str:
+        import vllm
+
+        return str(vllm.__version__)
+
     def forget(self, what: str) -> None:
         from saltern.vllm import connector as module
         from saltern.vllm import geometry, planner
@@ -275,6 +284,9 @@ class Bench:
                 connector._planner.reset(namespace_digest(connector._config, vllm_version="", worker_facts=facts))
             case "adapter":
                 self._patch(connector._adapters, "identity", mock.Mock(return_value=b""))
+            case "files":
+                named = mock.Mock(side_effect=lambda lora: lora.lora_name.encode())
+                self._patch(connector._adapters, "identity", named)
             case "embeddings":
                 self._patch(module, "_salt_of", mock.Mock(side_effect=lambda request, **_: request.cache_salt))
             case "change":

@@ -207,11 +207,13 @@ LORA: dict[str, Any] = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 1,
 def test_adapters_of_one_name_and_the_model_without_one_are_not_confused(
     lab: Lab, start: Start, model: Path, tmp_path: Path, new_salt: Callable[[], str]
 ) -> None:
-    salt = new_salt()
+    salt, confused_salt = new_salt(), new_salt()
     one, two = (Lora(str(make_lora(tmp_path / name, seed=seed))) for seed, name in enumerate(("one", "two")))
     start(model, **LORA)
     without = _store(lab, salt)
     first = _store(lab, salt, one)
+    lab.forget("files")
+    _store(lab, confused_salt, one)
 
     start(model, **LORA)  # another engine, in which the name and the number are another adapter's
     right = lab.ask(PROMPT, new_salt(), lora=two)  # and from here on its identity is known
@@ -220,6 +222,10 @@ def test_adapters_of_one_name_and_the_model_without_one_are_not_confused(
     assert lab.ask(PROMPT, salt) == without
     assert right.cached_tokens == 0
     assert min(right.distance(first), right.distance(without), first.distance(without)) > WRONG
+    lab.forget("files")
+    confused = lab.ask(PROMPT, confused_salt, lora=two)  # finds what the other adapter computed
+    assert confused.cached_tokens == CACHED
+    assert confused.distance(right) > WRONG
 
     start(model, **LORA)
     lab.ask(PROMPT, new_salt(), lora=one)
