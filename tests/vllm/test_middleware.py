@@ -21,6 +21,7 @@ from saltern.apikeys import KeysError, Role, add_key, read_keys, revoke_key
 from saltern.epochs import begin_anew, make_epochs
 from saltern.secret import make_signing_secrets, read_signing_secrets
 from saltern.signing import Signed, sign, user_tag, verify
+from saltern.vllm import middleware
 from saltern.vllm.callers import LOOK_SECONDS, Callers, TenantsError, TenantsSettings, Watched, load_callers
 from saltern.vllm.middleware import MARKS, PUBLISH_PREFIX, Message, Receive, Scope, Send, TenantMiddleware
 from saltern.vllm.routes import KIND_BY_ROUTE, Kind, known_path, route_path
@@ -168,6 +169,12 @@ async def incoming(chunks: Sequence[bytes]) -> AsyncIterator[Message]:
         yield {"type": "http.request", "body": chunk, "more_body": index < len(chunks) - 1}
     while True:
         yield {"type": "http.disconnect"}
+
+
+@pytest.fixture(autouse=True)
+def newest_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the middleware take the vLLM that is here for the newest."""
+    monkeypatch.setattr(middleware, "scoring_has_salt", lambda: True)
 
 
 @pytest.fixture
@@ -770,6 +777,17 @@ def test_a_field_names_the_user_of_a_key_that_has_none(tmp_path: Path) -> None:
 
 
 # Routes without a salt
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_scoring_is_closed_like_other_routes_without_a_salt_where_vllm_reads_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allowed: bool
+) -> None:
+    monkeypatch.setattr(middleware, "scoring_has_salt", lambda: False)
+    front = Front(tmp_path, allow_unsalted=allowed)
+    answer = front.ask("/generative_scoring", key=front.alice)
+    assert answer.status == (200 if allowed else 403)
+    assert [json.loads(body) for body in front.inner.bodies] == [{"prompt": "x"}] * allowed
 
 
 def test_audio_is_let_in_without_a_salt_where_the_operator_allows_it(tmp_path: Path) -> None:

@@ -26,7 +26,8 @@ from saltern.apikeys import KEY_PREFIX, NAME_CHARACTERS_MAX, ApiKey, Role, diges
 from saltern.signing import Signed, sign, user_tag
 from saltern.sizes import format_size
 from saltern.vllm.callers import Callers, TenantsSettings, load_callers
-from saltern.vllm.routes import KIND_BY_ROUTE, Kind, known_path, methods_of, route_path
+from saltern.vllm.routes import Kind, kind_by_route, known_path, methods_of, route_path
+from saltern.vllm.versions import scoring_has_salt
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +85,7 @@ class TenantMiddleware:
     def __init__(self, app: App, callers: Callers | None = None) -> None:
         self._app = app
         self._callers = callers or load_callers()
+        self._kind_by_route = kind_by_route(scoring_has_salt=scoring_has_salt())
         logger.info("Saltern lets in %d API keys", len(self._callers.key_by_digest))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -108,7 +110,7 @@ class TenantMiddleware:
         path = route_path(scope["path"], scope.get("root_path", ""))
         is_publish = path.startswith(PUBLISH_PREFIX + "/")
         path = path.removeprefix(PUBLISH_PREFIX) if is_publish else path
-        kind = _kind(scope["method"], path, is_publish=is_publish)
+        kind = self._kind(scope["method"], path, is_publish=is_publish)
         settings = self._callers.settings
         if kind is Kind.PROBE or path in settings.open:
             return _with_body(scope, b"", None), _replay(b"", receive)
@@ -137,21 +139,20 @@ class TenantMiddleware:
         tag = user_tag(tenant, user)
         return sign(Signed(tenant, tag, self._callers.epochs.of(tenant, tag)), self._callers.signing_secret)
 
-
-def _kind(method: str, path: str, *, is_publish: bool) -> Kind:
-    """Return what a request of a route needs. Raises `RefusedError`."""
-    listed = known_path(path)
-    if listed is None:
-        raise RefusedError(404, "there is no such route")
-    if method == "OPTIONS" and not is_publish:
-        return Kind.PROBE  # a browser's question beforehand, which has no key and which vLLM itself answers
-    kind = KIND_BY_ROUTE.get((method, listed))
-    if kind is None:
-        allowed = ", ".join(sorted(methods_of(listed)))
-        raise RefusedError(405, f"{listed} takes {allowed}", headers=[(b"allow", allowed.encode())])
-    if is_publish and kind is not Kind.SALTED and (method, listed) not in _ASKED_TO_PUBLISH:
-        raise RefusedError(404, "there is nothing to publish by this route")
-    return kind
+    def _kind(self, method: str, path: str, *, is_publish: bool) -> Kind:
+        """Return what a request of a route needs. Raises `RefusedError`."""
+        listed = known_path(path)
+        if listed is None:
+            raise RefusedError(404, "there is no such route")
+        if method == "OPTIONS" and not is_publish:
+            return Kind.PROBE  # a browser's question beforehand, which has no key and which vLLM itself answers
+        kind = self._kind_by_route.get((method, listed))
+        if kind is None:
+            allowed = ", ".join(sorted(methods_of(listed)))
+            raise RefusedError(405, f"{listed} takes {allowed}", headers=[(b"allow", allowed.encode())])
+        if is_publish and kind is not Kind.SALTED and (method, listed) not in _ASKED_TO_PUBLISH:
+            raise RefusedError(404, "there is nothing to publish by this route")
+        return kind
 
 
 # Who calls

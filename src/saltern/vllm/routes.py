@@ -63,6 +63,14 @@ KIND_BY_ROUTE: Mapping[tuple[str, str], Kind] = {
 }
 """What is known of each (method, path); `{id}` stands for one part of a path."""
 
+SCORING = ("POST", "/generative_scoring")
+
+
+def kind_by_route(*, scoring_has_salt: bool) -> Mapping[tuple[str, str], Kind]:
+    """Return `KIND_BY_ROUTE` for a vLLM that reads a salt at `SCORING`, as 0.32 does, or reads none, as 0.31."""
+    return {**KIND_BY_ROUTE, SCORING: Kind.SALTED if scoring_has_salt else Kind.UNSALTED}
+
+
 _METHODS_BY_PATH = {path: {method for method, other in KIND_BY_ROUTE if other == path} for _, path in KIND_BY_ROUTE}
 _WITH_ID = [(re.compile(re.escape(path).replace(r"\{id\}", "[^/]+")), path) for path in _METHODS_BY_PATH if "{" in path]
 

@@ -37,6 +37,15 @@ def disk_hit_source() -> Any:
     return _hit_source("DISK")
 
 
+def scoring_has_salt() -> bool:
+    """Return whether vLLM reads a salt at `/generative_scoring`; on 0.31 it computes without."""
+    try:
+        from vllm.entrypoints.generate.generative_scoring.serving import GenerativeScoringRequest
+    except ModuleNotFoundError:
+        return False
+    return "cache_salt" in GenerativeScoringRequest.model_fields
+
+
 def _hit_source(name: str) -> Any:
     try:
         from vllm.v1.metrics.cache_hit_source import CacheHitSource
