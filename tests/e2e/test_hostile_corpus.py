@@ -12,13 +12,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.client import HTTPException
+from itertools import product
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from demo.engine import REQUEST_SECONDS_MAX, Completion, Engine, EngineError
 from demo.model import MODEL_NAME, room_for
@@ -115,9 +116,12 @@ def test_many_that_hang_up_leave_nothing(hostile_stack: Stack, new_salt: NewSalt
     hostile_stack.server.wait_for("all leases to end", has_no_lease)
 
 
-@pytest.mark.parametrize("mode", ["allows", "forbids"])
+ROUTES = ("/v1/completions", "/v1/chat/completions", "/inference/v1/generate", "/v1/responses")
+UNSUPPORTED = ("/v1/responses", "forbids")  # by schemathesis: that schema has a `not` whose contrary it can't make
+
+
 @pytest.mark.parametrize(
-    "route", ["/v1/completions", "/v1/chat/completions", "/inference/v1/generate", "/v1/responses"]
+    ("route", "mode"), [pair for pair in product(ROUTES, ("allows", "forbids")) if pair != UNSUPPORTED]
 )
 def test_nothing_harms_anybody_that_the_schema(
     hostile_stack: Stack, new_salt: NewSalt, story: Story, route: str, mode: str
@@ -132,7 +136,7 @@ def test_nothing_harms_anybody_that_the_schema(
     statuses: Counter[int] = Counter()
 
     @seed(1)
-    @settings(max_examples=SCHEMA_EXAMPLES, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=SCHEMA_EXAMPLES, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
     @given(schema[route]["POST"].as_strategy(modes[mode]))
     def ask(made: Any) -> None:
         if isinstance(made.body, dict):
