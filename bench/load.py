@@ -31,6 +31,7 @@ from demo.model import ensure_model
 
 CLIENTS = 8
 ARENA_BYTES = 4 * 1024**3
+DISK_BYTES = 16 * 1024**3  # the default
 RATIO_MIN = 0.97
 IDLE_SECONDS = 5.0
 
@@ -74,7 +75,7 @@ def run(size: Size) -> Report:
 
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="saltern-bench-")))
-        server = stack.enter_context(Server(arena_bytes=ARENA_BYTES))
+        server = stack.enter_context(Server(arena_bytes=ARENA_BYTES, disk_bytes=DISK_BYTES))
         own = stack.enter_context(_engine(folder / "own.log", None))
         ours = stack.enter_context(_engine(folder / "ours.log", connector(server.socket)))
         bench = _Bench(own, ours, server, size)

@@ -13,7 +13,7 @@ from itertools import count
 from pathlib import Path
 
 from demo.engine import Completion, Engine, EngineError, RequestError
-from demo.model import BLOCK_TOKENS
+from demo.model import BLOCK_TOKENS, room_for
 from demo.orphans import bury
 from demo.prompts import STORY
 from demo.server import Server, ServerError, connector_config
@@ -34,7 +34,8 @@ from faults.prompts import CHUNK_TOKENS, GREETING, OTHER_SAGA, SAGA, References,
 from faults.watch import Watch
 from saltern.core.snapshot import ArenaStats, Snapshot
 
-ARENA = "1 GiB"
+ARENA = room_for(360)
+DISK = "16 GiB"  # the default
 ENGINE_ID = "faults"
 SETTLE_SECONDS_MAX = 60.0
 ATTEMPTS_MAX = 8
@@ -47,10 +48,14 @@ class NotReachedError(Exception):
 
 
 class FaultyServer(Server):
-    """A server that can be started otherwise than it should be. `prefix` is a command that starts the server's."""
+    """A server that can be started otherwise than it should be. `prefix` is a command that starts the server's.
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder, arena=ARENA)
+    Its disk tier is in `disk_folder`, and all else in `folder`, which may be full.
+    """
+
+    def __init__(self, folder: Path, disk_folder: Path) -> None:
+        super().__init__(folder, arena=ARENA, disk=DISK)
+        self._settings["disk"]["path"] = str(disk_folder)
         self.folder = folder
         self.prefix: Sequence[str] = ()
 
@@ -98,9 +103,9 @@ class Stage:
         self._numbers = count(1)
         self._has_own_mounts = has_own_mounts
         self._descriptors_before: dict[int, int] = {}
-        self._disk = small_disk(folder / "disk")
+        self._disk = small_disk(folder / "small")
         self.has_small_disk = self._disk.__enter__()
-        self.server = FaultyServer(folder / "disk")
+        self.server = FaultyServer(folder / "small", folder / "disk")
         self.engine = self.new_engine()
         self.second: Engine | None = None
 
@@ -254,6 +259,7 @@ class Stage:
         before = self.server.user(self.server.stats(), salt).blocks
         tokens = self.ask(watch, prompt, salt=salt).prompt_tokens
         self.server.wait_for_blocks(salt, before + tokens // BLOCK_TOKENS)
+        self.server.wait_for("the disk to have it too", lambda snapshot: not held_by_disk(snapshot))
         return salt
 
     def hit(self, watch: Watch, salt: str, prompt: str = STORY) -> None:
@@ -334,9 +340,16 @@ class UnderWay:
         watch.judge(self._prompt, self._future.result(), stopped_seconds=self.stopped_seconds)
 
 
+def held_by_disk(snapshot: Snapshot) -> list[str]:
+    """Return what a server's disk tier has under way."""
+    assert snapshot.disk is not None, "the servers here have one"
+    under_way = {"written": snapshot.disk.writing_blocks, "read": snapshot.disk.reading_blocks}
+    return [f"{blocks} blocks being {what} on the disk" for what, blocks in under_way.items() if blocks]
+
+
 def held_by(snapshot: Snapshot, *, sessions: int) -> list[str]:
     """Return what a server holds beyond committed blocks and `sessions` open sessions."""
-    found = []
+    found = held_by_disk(snapshot)
     if snapshot.arena.pinned_blocks:
         found.append(f"{snapshot.arena.pinned_blocks} blocks pinned")
     if snapshot.arena.writing_blocks:

@@ -18,7 +18,7 @@ BLOCK_BYTES = 64 * 1024
 
 @pytest.fixture
 def server(tmp_path: Path) -> FaultyServer:
-    server = FaultyServer(tmp_path)
+    server = FaultyServer(tmp_path, tmp_path / "disk")
     server.arena = "4 MiB"
     return server
 
