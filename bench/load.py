@@ -31,7 +31,7 @@ from demo.model import ensure_model
 
 CLIENTS = 8
 ARENA_BYTES = 4 * 1024**3
-DISK_BYTES = 16 * 1024**3  # the default
+DISK_BYTES = 16 * 1024**3  # of the disk tier, the default
 RATIO_MIN = 0.97
 IDLE_SECONDS = 5.0
 
@@ -66,7 +66,7 @@ class Load(NamedTuple):
         return self.tokens / self.seconds
 
 
-def run(size: Size) -> Report:
+def run(size: Size, *, name: str, disk_bytes: int) -> Report:
     """Start a server and both engines, warm them up, and measure both kinds of rounds."""
     chance = random.Random(1)
 
@@ -75,7 +75,7 @@ def run(size: Size) -> Report:
 
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="saltern-bench-")))
-        server = stack.enter_context(Server(arena_bytes=ARENA_BYTES, disk_bytes=DISK_BYTES))
+        server = stack.enter_context(Server(arena_bytes=ARENA_BYTES, disk_bytes=disk_bytes))
         own = stack.enter_context(_engine(folder / "own.log", None))
         ours = stack.enter_context(_engine(folder / "ours.log", connector(server.socket)))
         bench = _Bench(own, ours, server, size)
@@ -87,7 +87,7 @@ def run(size: Size) -> Report:
         idle = {"no connector": _idle_share(own), "Saltern": _idle_share(ours)}
     ratios = _ratios(missing)
     return Report(
-        "load",
+        name,
         (_table("All missing", missing), _table("Half of the prompts computed before", mixed)),
         (Target("all missing: tokens per second against no connector", median(ratios), RATIO_MIN, "×", at_least=True),),
         tuple(f"Cores taken by an idle engine, {name}: {share:.3f}." for name, share in idle.items()),
