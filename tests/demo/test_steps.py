@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from demo.engine import Completion, Engine, EngineError, RequestError
 from demo.front import Front, User
-from demo.model import KV_BYTES_PER_TOKEN
+from demo.model import BLOCK_TOKENS, KV_BYTES_PER_TOKEN
 from demo.prompts import SYSTEM_PROMPT
 from demo.server import Server, ServerError
 from demo.steps import STEPS, Scene, Step, take_step
@@ -28,7 +28,6 @@ from saltern.epochs import begin_anew, make_epochs
 from saltern.secret import make_signing_secrets, read_signing_secrets
 from saltern.signing import user_tag, verify
 
-BLOCK_TOKENS = 128
 BLOCK_BYTES = BLOCK_TOKENS * KV_BYTES_PER_TOKEN
 LIMIT_BLOCKS = 7  # a word is a token here: alice's prompt has 6 blocks, and carol's three have 9
 TENANT_BLOCKS = 36  # of tenants other than the first; the flood's 14 prompts have 84

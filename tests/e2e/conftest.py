@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -76,6 +77,20 @@ class Story:
         return list(self._tokenizer(text, add_special_tokens=False).input_ids)
 
 
+@contextmanager
+def running(server: Server, engine: Engine, relay: Relay | None = None) -> Iterator[Stack]:
+    """Start a server and its engine, and end them, the engine first."""
+    try:
+        server.start()
+        engine.start()
+        yield Stack(server, engine, relay)
+    finally:
+        engine.stop()
+        if relay is not None:
+            relay.close()
+        server.stop()
+
+
 @pytest.fixture(scope="session")
 def model() -> Path:
     return ensure_model()
@@ -99,14 +114,8 @@ def stack(model: Path) -> Iterator[Stack]:
             kv_transfer_config=connector_config(relay.path, patience_ms=PATIENCE_MS),
             prefix_caching=False,
         )
-        try:
-            server.start()
-            engine.start()
-            yield Stack(server, engine, relay)
-        finally:
-            engine.stop()
-            relay.close()
-            server.stop()
+        with running(server, engine, relay) as stack:
+            yield stack
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,9 @@ _random = random.Random(7)
 PROMPT = [_random.randrange(3, VOCABULARY) for _ in range(2 * 128 + 9)]
 """A prompt of two blocks and some tokens more."""
 
+CACHED = 2 * 128
+"""How many tokens of it fill blocks."""
+
 # What all share: two layers with full attention, and heads of sizes that vLLM's kernels for CPUs take.
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,

@@ -12,7 +12,7 @@ import pytest
 from demo.engine import Engine
 from demo.model import room_for
 from demo.server import Server, connector_config
-from tests.e2e.conftest import PATIENCE_MS, NewSalt, Stack, Story
+from tests.e2e.conftest import PATIENCE_MS, NewSalt, Stack, Story, running
 
 pytestmark = pytest.mark.e2e
 
@@ -31,13 +31,8 @@ def stack(model: Path) -> Iterator[Stack]:
             prefix_caching=True,
             env={"VLLM_SERVER_DEV_MODE": "1"},  # which has the route that empties vLLM's own cache
         )
-        try:
-            server.start()
-            engine.start()
-            yield Stack(server, engine)
-        finally:
-            engine.stop()
-            server.stop()
+        with running(server, engine) as stack:
+            yield stack
 
 
 def test_what_vllm_has_itself_is_continued_from_the_cache(stack: Stack, new_salt: NewSalt, story: Story) -> None:

@@ -15,11 +15,10 @@ import pytest
 
 from demo.server import Server
 from tests.e2e.lab import Answer, Lab, Lora
-from tests.e2e.models import PROMPT, make_llama, make_lora
+from tests.e2e.models import CACHED, PROMPT, make_llama, make_lora
 
 pytestmark = pytest.mark.e2e
 
-CACHED = 256  # tokens of `PROMPT` that fill blocks
 
 ROUNDING = 0.1
 """How far apart log probabilities may be that only rounding makes different: a hit computes fewer tokens at once."""

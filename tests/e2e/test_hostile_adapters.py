@@ -11,7 +11,7 @@ import pytest
 from demo.engine import Completion, Engine
 from demo.model import room_for
 from demo.server import Server, connector_config
-from tests.e2e.conftest import PATIENCE_MS, NewSalt, Stack, Story
+from tests.e2e.conftest import PATIENCE_MS, NewSalt, Stack, Story, running
 from tests.e2e.corpus import ADAPTER, adapter_args, adapters
 from tests.e2e.test_hostile_corpus import Outcome, bystander, differences, has_no_lease, outcomes
 
@@ -44,13 +44,8 @@ def stack(model: Path) -> Iterator[Stack]:
             prefix_caching=False,
             extra_args=adapter_args(folder / "adapter"),
         )
-        try:
-            server.start()
-            engine.start()
-            yield Stack(server, engine)
-        finally:
-            engine.stop()
-            server.stop()
+        with running(server, engine) as stack:
+            yield stack
 
 
 def test_every_request_is_answered_as_without_saltern(

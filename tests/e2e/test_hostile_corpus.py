@@ -25,7 +25,7 @@ from demo.engine import REQUEST_SECONDS_MAX, Completion, Engine, EngineError
 from demo.model import MODEL_NAME, room_for
 from demo.server import Server, connector_config
 from saltern.core.snapshot import Snapshot
-from tests.e2e.conftest import PATIENCE_MS, SALT_MARK, NewSalt, Stack, Story
+from tests.e2e.conftest import PATIENCE_MS, SALT_MARK, NewSalt, Stack, Story, running
 from tests.e2e.corpus import ENGINE_ARGS, Case, case, corpus
 
 pytestmark = pytest.mark.e2e
@@ -66,13 +66,8 @@ def hostile_stack(model: Path) -> Iterator[Stack]:
             prefix_caching=False,
             extra_args=ENGINE_ARGS,
         )
-        try:
-            server.start()
-            engine.start()
-            yield Stack(server, engine)
-        finally:
-            engine.stop()
-            server.stop()
+        with running(server, engine) as stack:
+            yield stack
 
 
 def test_every_request_is_answered_as_without_saltern(

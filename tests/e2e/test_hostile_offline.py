@@ -10,11 +10,10 @@ import pytest
 from demo.server import Server
 from tests.e2e.conftest import SALT_MARK
 from tests.e2e.lab import Lab, LabError
-from tests.e2e.models import PROMPT, make_llama
+from tests.e2e.models import CACHED, PROMPT, make_llama
 
 pytestmark = pytest.mark.e2e
 
-CACHED = 256  # tokens of `PROMPT` that fill blocks
 CONTEXT_TOKENS = 2048  # the lab's
 
 SALTS: dict[str, Any] = {

@@ -14,11 +14,9 @@ from demo.engine import Engine
 from demo.server import Server, connector_config
 from saltern.core.snapshot import Snapshot
 from tests.e2e.lab import Lab, LabError
-from tests.e2e.models import PROMPT, make_deepseek, make_llama
+from tests.e2e.models import CACHED, PROMPT, make_deepseek, make_llama
 
 pytestmark = pytest.mark.e2e
-
-CACHED = 256  # tokens of `PROMPT` that fill blocks
 
 NEEDS_AMX = pytest.mark.skipif(
     "amx_tile" not in Path("/proc/cpuinfo").read_text(), reason="vLLM reuses no prefix of MLA on a CPU without AMX"

@@ -9,10 +9,9 @@ import pytest
 
 from demo.server import Server
 from tests.e2e.lab import REPOSITORY, Lab
-from tests.e2e.models import PROMPT, make_llama
+from tests.e2e.models import CACHED, PROMPT, make_llama
 
 OLDEST = REPOSITORY / ".venv-oldest" / "bin" / "python"
-CACHED = 256  # tokens of `PROMPT` that fill blocks
 
 pytestmark = [
     pytest.mark.e2e,

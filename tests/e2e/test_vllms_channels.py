@@ -16,7 +16,7 @@ import pytest
 from demo.engine import Engine
 from demo.model import KV_BYTES_PER_TOKEN, room_for
 from demo.server import Server, connector_config
-from tests.e2e.conftest import PATIENCE_MS, NewSalt, Stack, Story
+from tests.e2e.conftest import PATIENCE_MS, NewSalt, Stack, Story, running
 
 pytestmark = pytest.mark.e2e
 
@@ -46,13 +46,8 @@ def stack(model: Path, folder: Path) -> Iterator[Stack]:
             "VLLM_LOGGING_LEVEL": "DEBUG",  # the level of an interval without tokens, in which a slow copy may end
         },
     )
-    try:
-        server.start()
-        engine.start()
-        yield Stack(server, engine)
-    finally:
-        engine.stop()
-        server.stop()
+    with running(server, engine) as stack:
+        yield stack
 
 
 def test_metrics_and_log_count_what_was_stored_and_loaded(stack: Stack, new_salt: NewSalt, story: Story) -> None:
