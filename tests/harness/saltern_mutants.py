@@ -331,7 +331,7 @@ def waits_for_each_question(patch: Patch) -> None:
     wait = Planner._wait_for
 
     def wait_anew(self: Planner, track: Track) -> None:
-        self._asking_seconds = planner_module.ASKING_SECONDS_MAX
+        self._asking_seconds = None
         wait(self, track)
 
     patch.setattr(Planner, "_wait_for", wait_anew)

@@ -56,7 +56,7 @@ from saltern.core.messages import (
 from saltern.core.tenants import NO_LIMITS, Limits
 from saltern.vllm import connector as connector_module
 from saltern.vllm.copier import CpuCopier, Finished, Shard, check_bounds
-from saltern.vllm.copies import Copy, Piece
+from saltern.vllm.copies import Copies, Copy, Piece
 from saltern.vllm.geometry import NULL_BLOCK
 from saltern.vllm.layout import Layout
 from saltern.vllm.pace import Pace
@@ -80,7 +80,7 @@ STEP_SECONDS = 0.01
 SLOW_STEP_SECONDS = 0.4  # longer than a request's patience
 LOAD_PATIENCE_SECONDS = 1.0  # of steps that do nothing, fewer than an engine is given
 LATE_SECONDS = 10.0  # later than any answer
-WAIT_SECONDS_MAX = 300e-6  # of one step: what Saltern promises that all its questions together cost
+WAIT_SHARE, WAIT_SECONDS_MIN, WAIT_SECONDS_MAX = 0.02, 300e-6, 25e-3  # of a step, for all its questions together
 HELD_SHARE_MAX = 0.25  # of the engine's blocks, as promised
 ATTACH_STEPS_MAX = 10  # as long as `CpuCopier` waits for its session
 OLD = 0xA5  # what the arena holds where nobody has written, or all is freed
@@ -179,6 +179,8 @@ class World:
         self.arrivals: set[float] = set()  # when requests came
         self.told_of_loads: dict[int, tuple[float, int]] = {}  # by question: when an engine hears of how many blocks
         self._ticked_at: float | None = None  # None until an engine has started
+        self._planned_at = 0.0
+        self._may_wait_seconds = WAIT_SECONDS_MIN  # in this step
         self.tainted: list[tuple[bytes, Block]] = []  # blocks that could not be loaded, in which session
         self._known: dict[Key, Place] = {}  # all that requests of this engine and of those before have
         self.disk = SteppedDisk(disk_pages, Random(f"disk {seed}"))
@@ -213,19 +215,29 @@ class World:
     def _make_planner(self, **parts: Any) -> Planner:
         self.block_tokens = parts["geometry"].block_tokens
         self._ticked_at = None  # the start may wait for long
+        self._planned_at = self.clock.now
         self.planner = Planner(**parts)
         if self.weather.block_seconds is not None:
             self.planner._pace = SetPace(self.weather.block_seconds, self.block_tokens, self.clock)
         self.told_of_loads = {}
-        add, match = self.planner.add, self.planner.match
+        add, match, plan = self.planner.add, self.planner.match, self.planner.plan
 
         def add_noted(*args: Any, **rest: Any) -> None:
             self.arrivals.add(self.clock())
             add(*args, **rest)
 
         self.planner.add = add_noted  # type: ignore[method-assign]
+
+        self.planner.plan = functools.partial(self._plan, plan)  # type: ignore[method-assign]
         self.planner.match = functools.partial(self._match, self.planner, match)  # type: ignore[method-assign]
         return self.planner
+
+    def _plan(self, plan: Callable[..., Copies], *args: Any) -> Copies:
+        """Have the planner plan, and take note of how long it may have waited for answers in the step that it plans."""
+        seconds = WAIT_SHARE * (self.clock.now - self._planned_at)
+        self._may_wait_seconds = min(max(seconds, WAIT_SECONDS_MIN), WAIT_SECONDS_MAX)
+        self._planned_at = self.clock.now
+        return plan(*args)
 
     def _match(
         self, planner: Planner, match: Callable[[str, int], int | None], request_id: str, local_tokens: int
@@ -266,8 +278,9 @@ class World:
     def _check_greed(self) -> None:
         """Raise if the step that ends took more than it may."""
         waited = self.clock.now - self._ticked_at if self._ticked_at is not None else 0.0
-        if waited > 1.01 * WAIT_SECONDS_MAX:  # a simulated clock is exact but for its last digits
+        if waited > 1.01 * self._may_wait_seconds:  # a simulated clock is exact but for its last digits
             raise Greedy(f"the scheduler waited {1e6 * waited:.0f} µs for answers in step {self.step}")
+        self._may_wait_seconds = WAIT_SECONDS_MIN
         if self.planner is not None:
             held, total = self.planner.leftovers["held blocks"], self.planner._blocks.total
             if held > HELD_SHARE_MAX * total:

@@ -50,8 +50,14 @@ from saltern.vllm.track import EngineRequest, Phase, Track
 
 logger = logging.getLogger(__name__)
 
-ASKING_SECONDS_MAX = 300e-6
-"""Most time that all asks of one `schedule()` together may wait: one call walks every waiting request."""
+ASKING_SHARE = 0.02
+ASKING_SECONDS_MIN = 300e-6
+ASKING_SECONDS_MAX = 25e-3
+"""All asks of one `schedule()` together may wait for this share of the time since the one before, within these bounds.
+
+Together, since one call walks every waiting request. A share, since a request without an answer loses a step, and the
+processors that make steps long make answers late.
+"""
 
 NO_DISK_SECONDS = 1e-9
 """How long a block takes, says who wants no answer to wait for the disk: no disk is faster."""
@@ -162,7 +168,8 @@ class Planner:
         self._copies = Copies()  # for the next step
         self._numbers = count(1)
         self._held = 0  # engine blocks held, each as often as it is held
-        self._asking_seconds = ASKING_SECONDS_MAX  # left in this schedule()
+        self._planned_at = clock()
+        self._asking_seconds: float | None = None  # left in this schedule(), None before its first ask
         if HELD_SHARE_MAX * blocks.total < geometry.engine_blocks:
             logger.warning(
                 "nothing will be stored: a block of %d tokens takes %d of vLLM's %d blocks, more than the share that"
@@ -269,7 +276,8 @@ class Planner:
         `scheduled_tokens` counts what the step computes for each request, speculated tokens left out;
         `tables_of` names the engine blocks of a request that is in it, by group.
         """
-        self._asking_seconds = ASKING_SECONDS_MAX
+        self._planned_at = self._clock()
+        self._asking_seconds = None
         self._pace.begin(scheduled_tokens.values())
         self._poll()
         for question in self._questions.take_overdue():
@@ -399,6 +407,9 @@ class Planner:
 
     def _wait_for(self, track: Track) -> None:
         """Wait for the answer, as long as this schedule() may still wait."""
+        if self._asking_seconds is None:
+            seconds = ASKING_SHARE * (self._clock() - self._planned_at)
+            self._asking_seconds = min(max(seconds, ASKING_SECONDS_MIN), ASKING_SECONDS_MAX)
         while track.phase is Phase.ASKED and self._asking_seconds > 0 and self._questions.responds:
             began = self._clock()
             self._poll(self._asking_seconds)
