@@ -496,7 +496,8 @@ class World:
 
     def check_deserted(self) -> None:
         """Raise unless an engine that is gone has left nothing at the server."""
-        is_still = not self.disk.is_busy and self.server.is_listening  # else what the disk does pins blocks
+        # Else blocks are pinned by what the disk does, or by what the server is about to wipe.
+        is_still = self.server.is_listening and not self.disk.is_busy and not self.server.is_due
         if faults := list(self.server.faults(sessions=0)) if is_still else []:
             raise NotDrained("; ".join(faults))
 
@@ -559,11 +560,16 @@ class HarnessServer(Server):
         if self.is_frozen or not self.is_listening:
             return
         self._world.act()
-        if self.cache.due_at is not None and self.cache.due_at <= self.clock():
+        if self.is_due:
             self._handle(Tick())
         for name, touched_at in self.cache.disk.take_touched():
             self._world.disk.touch(name, touched_at)
         self._pump()
+
+    @property
+    def is_due(self) -> bool:
+        """Return whether the cache has something to do now that nobody asks for."""
+        return self.cache.due_at is not None and self.cache.due_at <= self.clock()
 
     def crowd_out(self) -> None:
         """Evict from RAM all that may be evicted, by a limit that is lowered and raised again."""
@@ -591,8 +597,7 @@ class HarnessServer(Server):
         for _ in range(1000):
             self._world.disk.hurry(self._world.step)
             self.tick()
-            is_due = self.cache.due_at is not None and self.cache.due_at <= self.clock()
-            if not is_due and not self._world.disk.is_busy:
+            if not self.is_due and not self._world.disk.is_busy:
                 return
         raise NotDrained("the server does not come to rest")
 
