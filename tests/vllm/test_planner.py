@@ -315,6 +315,27 @@ class TestFailedLoads:
         assert match(engine, other) == len(PROMPT)
         engine.abort(other)
 
+    @pytest.mark.parametrize("failure", ["before", "after"])
+    def test_nor_when_the_weights_change_meanwhile(self, make_engine: EngineMaker, failure: str) -> None:
+        engine = make_engine()
+        for weights, user in ((b"other weights", "bob"), (b"weights", "alice")):
+            engine.reset(weights)
+            stored(engine, PROMPT, user)
+        failed = engine.arrive(PROMPT, "alice")
+        engine.step()
+        if failure == "after":
+            engine.reset(b"other weights")
+        engine.work(fail=True)
+        engine.report()
+        if failure == "before":
+            engine.reset(b"other weights")
+        other = computing(engine, PROMPT, "bob")
+        assert match(engine, other) == 0
+        assert [match(engine, failed), match(engine, failed)] == [None, 0], "vLLM keeps it in front of all others"
+        engine.planner.admit(failed.request_id, ((0,),), 0)
+        assert match(engine, other) == len(PROMPT)
+        engine.abort(other)
+
     def test_the_bad_block_and_what_continues_it_are_discarded(self, make_engine: EngineMaker) -> None:
         engine = make_engine(store=StoreMode.PROMPT)
         stored(engine, [*PROMPT, 3, 3, 3, 3])

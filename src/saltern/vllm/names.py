@@ -105,7 +105,7 @@ class Names:
         return salts
 
     def prepare(self, track: Track, tokens: int) -> bool:
-        """Bring a request's keys up to its first `tokens` tokens, in the present session; False without one.
+        """Bring a request's keys up to its first `tokens` tokens, in the present session; False without one, or if it is not cached.
 
         Raises for token ids that are none, with or without a session: so `add` meets all that the prompt has.
         """
@@ -124,7 +124,7 @@ class Names:
             track.states.clear()
             track.offered = track.settled = track.state_offered = 0
             track.acquired_at = float("inf")
-        if not track.is_cached:
+        if track.is_outdated or not track.is_cached:
             return False
         for start in range(len(track.keys) * size, tokens - size + 1, size):
             track.content = next_content(track.content, track.tokens[start : start + size].tobytes(), track.extras)

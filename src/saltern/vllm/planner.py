@@ -325,13 +325,17 @@ class Planner:
         track = self._track_by_id.pop(request_id, None)
         if track is not None:
             self._starting_anew.discard(request_id)
-            self._release_answer(track)
-            self._questions.drop(track)
+            self._let_go(track)
 
     def reset(self, namespace: bytes) -> None:
-        """Start a new namespace: what was computed so far is neither matched nor stored any more."""
-        for request_id in list(self._track_by_id):
-            self.remove(request_id)
+        """Start a new namespace: what was computed so far is neither matched nor stored any more.
+
+        Requests under way are tracked on: vLLM may have to start one of them anew, or have to yet.
+        """
+        for track in self._track_by_id.values():
+            track.is_outdated = True
+            track.phase = Phase.MISSED
+            self._let_go(track)
         for question in self._questions:
             self._give_up(question)
         for operation in self._operation_by_id.values():
@@ -530,6 +534,10 @@ class Planner:
             )
         spare = set(question.held) - set(held)
         self._free([engine_block for engine_block in question.held if engine_block in spare])
+
+    def _let_go(self, track: Track) -> None:
+        self._release_answer(track)
+        self._questions.drop(track)
 
     def _release_answer(self, track: Track) -> None:
         acquired, track.acquired = track.acquired, None

@@ -63,6 +63,7 @@ class Track:
         self.publication: PublicationId | None = None  # of which this is the prompt
         self.phase = Phase.IDLE
         self.load_failed = False  # then it matches nothing for the rest of its life
+        self.is_outdated = False  # what it computes or needs is of weights that are no more
         self.incarnation = b""  # of the session that the fields below belong to
         self.tenant = DEFAULT_TENANT
         self.user_key = UserKey(b"")
