@@ -26,7 +26,7 @@ from bench.report import Cell, Report, Table, Target, spread
 from bench.rounds import median, quantile
 from bench.serving import Server, until
 from bench.ttft import SPINNING_SECONDS, TOKEN_IDS, connector
-from demo.engine import Completion, Engine
+from demo.engine import Completion, Engine, started_together
 from demo.model import ensure_model
 
 CLIENTS = 8
@@ -76,8 +76,9 @@ def run(size: Size, *, name: str, disk_bytes: int) -> Report:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="saltern-bench-")))
         server = stack.enter_context(Server(arena_bytes=ARENA_BYTES, disk_bytes=disk_bytes))
-        own = stack.enter_context(_engine(folder / "own.log", None))
-        ours = stack.enter_context(_engine(folder / "ours.log", connector(server.socket)))
+        own = _engine(folder / "own.log", None)
+        ours = _engine(folder / "ours.log", connector(server.socket))
+        stack.enter_context(started_together(own, ours))
         bench = _Bench(own, ours, server, size)
         bench.compare([prompts(CLIENTS)])  # warms both up
         missing = bench.compare([prompts(size.prompts) for _ in range(size.rounds)])

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from bench.report import Cell, Report, Table, Target, spread
 from bench.rounds import interleaved, median
 from bench.serving import Server, until
-from demo.engine import Engine
+from demo.engine import Engine, started_together
 from demo.model import BLOCK_TOKENS, ensure_model
 
 TOKEN_IDS = range(1_000, 40_000)  # ordinary ones of SmolLM2's 49,152
@@ -57,15 +57,14 @@ def run(size: Size) -> Report:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="saltern-bench-")))
         server = stack.enter_context(Server(arena_bytes=ARENA_BYTES))
         model = ensure_model()
-        own = stack.enter_context(Engine(model, log_path=folder / "own.log"))
-        ours = stack.enter_context(
-            Engine(
-                model,
-                log_path=folder / "ours.log",
-                kv_transfer_config=connector(server.socket),
-                prefix_caching=False,
-            )
+        own = Engine(model, log_path=folder / "own.log")
+        ours = Engine(
+            model,
+            log_path=folder / "ours.log",
+            kv_transfer_config=connector(server.socket),
+            prefix_caching=False,
         )
+        stack.enter_context(started_together(own, ours))
         bench = _Bench(own, ours, server)
         bench.measure(max(size.lengths), rounds=1, hits=2)  # warms both up
         times_by_length = {length: bench.measure(length, rounds=size.rounds, hits=size.hits) for length in size.lengths}

@@ -21,7 +21,7 @@ from bench.report import Cell, Report, Table, Target, spread
 from bench.rounds import interleaved, median
 from bench.serving import Server, until
 from bench.ttft import SPINNING_SECONDS, TOKEN_IDS, connector
-from demo.engine import Completion, Engine
+from demo.engine import Completion, Engine, started_together
 from demo.model import BLOCK_TOKENS, ensure_model
 
 ARENA_BYTES = 512 * 1024**2
@@ -57,15 +57,14 @@ def run(size: Size) -> Report:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="saltern-bench-")))
         server = stack.enter_context(Server(arena_bytes=ARENA_BYTES, disk_bytes=DISK_BYTES))
         model = ensure_model()
-        plain = stack.enter_context(Engine(model, log_path=folder / "plain.log", prefix_caching=False))
-        ours = stack.enter_context(
-            Engine(
-                model,
-                log_path=folder / "ours.log",
-                kv_transfer_config=connector(server.socket),
-                prefix_caching=False,
-            )
+        plain = Engine(model, log_path=folder / "plain.log", prefix_caching=False)
+        ours = Engine(
+            model,
+            log_path=folder / "ours.log",
+            kv_transfer_config=connector(server.socket),
+            prefix_caching=False,
         )
+        stack.enter_context(started_together(plain, ours))
         bench = _Bench(plain, ours, server)
         bench.measure(max(size.lengths), rounds=1, hits=1)  # warms both up
         times_by_length = {length: bench.measure(length, rounds=size.rounds, hits=size.hits) for length in size.lengths}

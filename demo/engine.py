@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from http.client import HTTPConnection, HTTPException, HTTPResponse
 from itertools import pairwise
 from pathlib import Path
@@ -119,6 +119,11 @@ class Engine:
 
         Raises `EngineError`, with nothing left running, when it ends or is not healthy within `seconds_max`.
         """
+        self.launch()
+        self.wait_until_healthy(seconds_max)
+
+    def launch(self) -> None:
+        """Start vLLM; `wait_until_healthy` is to follow."""
         assert self._process is None, "an engine is started once, or again after stop"
         self.port = _free_port()
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
@@ -127,7 +132,24 @@ class Engine:
                 # vLLM leaves its sockets behind in the folder for temporary files, so it gets one that goes with it.
                 self._scratch = tempfile.TemporaryDirectory(prefix="saltern-engine-")
                 self._process = self._spawn(log, scratch=self._scratch.name)
-            self._wait_until_healthy(seconds_max)
+        except BaseException:
+            self.kill()
+            raise
+
+    def wait_until_healthy(self, seconds_max: float = START_SECONDS_MAX) -> None:
+        """Wait until a launched vLLM serves.
+
+        Raises `EngineError`, with nothing left running, when it ends or is not healthy within `seconds_max`.
+        """
+        deadline = time.monotonic() + seconds_max
+        try:
+            while time.monotonic() < deadline:
+                if self._ended():
+                    raise EngineError(f"vLLM ended while it started.\n{self.log_tail()}")
+                if self._healthy():
+                    return
+                time.sleep(POLL_SECONDS)
+            raise EngineError(f"vLLM was not healthy after {seconds_max:.0f} s.\n{self.log_tail()}")
         except BaseException:
             self.kill()
             raise
@@ -204,16 +226,6 @@ class Engine:
             "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
             **self._env,
         }
-
-    def _wait_until_healthy(self, seconds_max: float) -> None:
-        deadline = time.monotonic() + seconds_max
-        while time.monotonic() < deadline:
-            if self._ended():
-                raise EngineError(f"vLLM ended while it started.\n{self.log_tail()}")
-            if self._healthy():
-                return
-            time.sleep(POLL_SECONDS)
-        raise EngineError(f"vLLM was not healthy after {seconds_max:.0f} s.\n{self.log_tail()}")
 
     def _healthy(self) -> bool:
         try:
@@ -409,6 +421,20 @@ def _is_resource_tracker(pid: int) -> bool:
         return b"multiprocessing.resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+@contextmanager
+def started_together(*engines: Engine) -> Iterator[None]:
+    """Start engines side by side, and end them: a start is imports for the most part, which keep one core busy."""
+    try:
+        for engine in engines:
+            engine.launch()
+        for engine in engines:
+            engine.wait_until_healthy()
+        yield
+    finally:
+        for engine in reversed(engines):
+            engine.stop()
 
 
 def _free_port() -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from demo.engine import Completion, Engine
+from demo.engine import Completion, Engine, started_together
 from demo.model import KV_BYTES_PER_TOKEN, ensure_model, room_for
 from demo.prompts import PARAGRAPHS
 from demo.server import Server, connector_config
@@ -78,14 +78,15 @@ class Story:
 
 
 @contextmanager
-def running(server: Server, engine: Engine, relay: Relay | None = None) -> Iterator[Stack]:
-    """Start a server and its engine, and end them, the engine first."""
+def running(
+    server: Server, engine: Engine, relay: Relay | None = None, *, beside: Engine | None = None
+) -> Iterator[Stack]:
+    """Start a server, its engine and one that has nothing to do with it, and end them, the engines first."""
     try:
         server.start()
-        engine.start()
-        yield Stack(server, engine, relay)
+        with started_together(*([beside] if beside is not None else []), engine):
+            yield Stack(server, engine, relay)
     finally:
-        engine.stop()
         if relay is not None:
             relay.close()
         server.stop()

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from demo.engine import Completion, Engine
-from demo.model import room_for
-from demo.server import Server, connector_config
-from tests.e2e.conftest import PATIENCE_MS, NewSalt, Stack, Story, running
+from demo.engine import Completion
+from tests.e2e.conftest import NewSalt, Stack, Story
 from tests.e2e.corpus import ADAPTER, adapter_args, adapters
-from tests.e2e.test_hostile_corpus import Outcome, bystander, differences, has_no_lease, outcomes
+from tests.e2e.test_hostile_corpus import Compared, bystander, compared, differences, has_no_lease
 
 pytestmark = pytest.mark.e2e
 
@@ -22,35 +19,18 @@ ASKS_MAX = 20
 
 
 @pytest.fixture(scope="module")
-def plain_outcomes(model: Path) -> dict[str, Outcome]:
-    """What a vLLM without a connector answers."""
-    with tempfile.TemporaryDirectory(prefix="saltern-e2e-") as name:
-        folder = Path(name)
-        extra_args = adapter_args(folder / "adapter")
-        with Engine(model, log_path=folder / "vllm.log", prefix_caching=False, extra_args=extra_args) as engine:
-            return outcomes(engine, adapters())
+def both(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compared]:
+    with compared(model, adapters(), adapter_args(tmp_path_factory.mktemp("adapter"))) as both:
+        yield both
 
 
 @pytest.fixture(scope="module")
-def stack(model: Path) -> Iterator[Stack]:
-    """The same with Saltern."""
-    with tempfile.TemporaryDirectory(prefix="saltern-e2e-") as name:
-        folder = Path(name)
-        server = Server(folder, arena=room_for(90))
-        engine = Engine(
-            model,
-            log_path=folder / "vllm.log",
-            kv_transfer_config=connector_config(server.socket_path, patience_ms=PATIENCE_MS),
-            prefix_caching=False,
-            extra_args=adapter_args(folder / "adapter"),
-        )
-        with running(server, engine) as stack:
-            yield stack
+def stack(both: Compared) -> Stack:
+    return both[1]
 
 
-def test_every_request_is_answered_as_without_saltern(
-    plain_outcomes: dict[str, Outcome], stack: Stack, new_salt: NewSalt, story: Story
-) -> None:  # in this order: the engine without Saltern is gone when the one with it starts
+def test_every_request_is_answered_as_without_saltern(both: Compared, new_salt: NewSalt, story: Story) -> None:
+    plain_outcomes, stack = both
     with bystander(stack, new_salt(), story):
         assert differences(stack.engine, adapters(), plain_outcomes) == {}
     stack.server.wait_for("all leases to end", has_no_lease)

@@ -8,7 +8,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.client import HTTPException
@@ -44,39 +44,47 @@ Outcome = tuple[int, object]
 """The status and, line by line, the errors or the shape of what was answered."""
 
 
-@pytest.fixture(scope="module")
-def plain_outcomes(model: Path) -> dict[str, Outcome]:
-    """What a vLLM without a connector answers."""
-    with tempfile.TemporaryDirectory(prefix="saltern-e2e-") as name:
-        log_path = Path(name) / "vllm.log"
-        with Engine(model, log_path=log_path, prefix_caching=False, extra_args=ENGINE_ARGS) as engine:
-            return outcomes(engine, corpus())
+Compared = tuple[dict[str, Outcome], Stack]
+"""What a vLLM without a connector answered, and one with Saltern."""
 
 
-@pytest.fixture(scope="module")
-def hostile_stack(model: Path) -> Iterator[Stack]:
-    """The same with Saltern."""
+@contextmanager
+def compared(model: Path, requests: dict[str, Case], extra_args: Sequence[str]) -> Iterator[Compared]:
+    """Start both kinds of vLLM, ask the one without Saltern, and end it before the other is asked anything."""
     with tempfile.TemporaryDirectory(prefix="saltern-e2e-") as name:
         folder = Path(name)
         server = Server(folder, arena=room_for(90), log_level="debug")
+        plain = Engine(model, log_path=folder / "plain.log", prefix_caching=False, extra_args=extra_args)
         engine = Engine(
             model,
             log_path=folder / "vllm.log",
             kv_transfer_config=connector_config(server.socket_path, patience_ms=PATIENCE_MS),
             prefix_caching=False,
-            extra_args=ENGINE_ARGS,
+            extra_args=extra_args,
         )
-        with running(server, engine) as stack:
-            yield stack
+        with running(server, engine, beside=plain) as stack:
+            answered = outcomes(plain, requests)
+            plain.stop()
+            yield answered, stack
 
 
-def test_every_request_is_answered_as_without_saltern(
-    plain_outcomes: dict[str, Outcome], hostile_stack: Stack, new_salt: NewSalt, story: Story
-) -> None:  # in this order: the engine without Saltern is gone when the one with it starts
-    with bystander(hostile_stack, new_salt(), story):
-        pairs = differences(hostile_stack.engine, corpus(), plain_outcomes)
+@pytest.fixture(scope="module")
+def both(model: Path) -> Iterator[Compared]:
+    with compared(model, corpus(), ENGINE_ARGS) as both:
+        yield both
+
+
+@pytest.fixture(scope="module")
+def hostile_stack(both: Compared) -> Stack:
+    return both[1]
+
+
+def test_every_request_is_answered_as_without_saltern(both: Compared, new_salt: NewSalt, story: Story) -> None:
+    plain_outcomes, stack = both
+    with bystander(stack, new_salt(), story):
+        pairs = differences(stack.engine, corpus(), plain_outcomes)
     assert {name: pair for name, pair in pairs.items() if TOSS_UP not in repr(pair)} == {}
-    hostile_stack.server.wait_for("all leases to end", has_no_lease)
+    stack.server.wait_for("all leases to end", has_no_lease)
 
 
 def test_requests_with_one_id_do_not_meet(hostile_stack: Stack, new_salt: NewSalt, story: Story) -> None:
