@@ -175,6 +175,18 @@ def promises_blocks_after_a_failed_load(patch: Patch) -> None:
     patch.setattr(Planner, "match", match_for_all)
 
 
+def forgets_failed_loads_when_weights_change(patch: Patch) -> None:
+    """New weights make the planner forget whose load failed, and whose is under way."""
+    reset = Planner.reset
+
+    def reset_all(self: Planner, namespace: bytes) -> None:
+        reset(self, namespace)
+        self._starting_anew.clear()
+        self._track_by_id.clear()
+
+    patch.setattr(Planner, "reset", reset_all)
+
+
 def loses_patience_within_a_step(patch: Patch) -> None:
     """An answer that came during a long step is too late."""
     match = Planner.match
@@ -306,6 +318,9 @@ TEST_BY_MUTANT: dict[Mutant, str] = {
     ),
     promises_blocks_after_a_failed_load: (
         "tests/vllm/test_planner.py::TestFailedLoads::test_until_its_request_starts_anew_nobody_is_promised_blocks"
+    ),
+    forgets_failed_loads_when_weights_change: (
+        "tests/vllm/test_planner.py::TestFailedLoads::test_nor_when_the_weights_change_meanwhile"
     ),
     takes_reading_for_silence: (
         "tests/vllm/test_planner_disk.py::TestWaiting::test_it_may_take_longer_than_the_servers_answers"

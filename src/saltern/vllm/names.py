@@ -105,7 +105,7 @@ class Names:
         return salts
 
     def prepare(self, track: Track, tokens: int) -> bool:
-        """Bring a request's keys up to its first `tokens` tokens, in the present session; False without one, or if it is not cached.
+        """Bring a request's keys up to its first `tokens` tokens, in the present session; False if it is not cached.
 
         Raises for token ids that are none, with or without a session: so `add` meets all that the prompt has.
         """
