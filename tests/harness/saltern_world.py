@@ -178,6 +178,7 @@ class World:
         self.planner: Planner | None = None
         self.arrivals: set[float] = set()  # when requests came
         self.told_of_loads: dict[int, tuple[float, int]] = {}  # by question: when an engine hears of how many blocks
+        self._block_seconds: list[tuple[float, float]] = []  # when the engine believed that a block takes so long
         self._ticked_at: float | None = None  # None until an engine has started
         self._planned_at = 0.0
         self._may_wait_seconds = WAIT_SECONDS_MIN  # in this step
@@ -220,6 +221,7 @@ class World:
         if self.weather.block_seconds is not None:
             self.planner._pace = SetPace(self.weather.block_seconds, self.block_tokens, self.clock)
         self.told_of_loads = {}
+        self._block_seconds = []
         add, match, plan = self.planner.add, self.planner.match, self.planner.plan
 
         def add_noted(*args: Any, **rest: Any) -> None:
@@ -247,7 +249,10 @@ class World:
         track = planner._track_by_id.get(request_id)
         if matched is None and track is not None and track.phase is Phase.COMING and track.asks > 1:
             told_at, blocks = self.told_of_loads[track.awaited]
-            computing_seconds = min(blocks, len(track.keys)) * planner._pace.block_seconds or LOAD_PATIENCE_SECONDS
+            # As it believed then, when it may not have known yet.
+            since = told_at - self.weather.step_seconds
+            paces = [seconds or LOAD_PATIENCE_SECONDS for at, seconds in self._block_seconds if at >= since]
+            computing_seconds = min(blocks, len(track.keys)) * max(paces) or LOAD_PATIENCE_SECONDS
             seconds = min(computing_seconds, LOAD_PATIENCE_SECONDS) + 2 * self.weather.step_seconds
             if self.clock() - told_at > seconds:
                 raise Greedy(f"{request_id} waits for {blocks} blocks since {self.clock() - told_at:.2f} s")
@@ -259,6 +264,8 @@ class World:
         self.step += 1
         self.clock.advance(self.weather.step_seconds)
         self._ticked_at = self.clock.now
+        if self.planner is not None:
+            self._block_seconds.append((self.clock.now, self.planner._pace.block_seconds))
         self.server.reply_seconds = self.delay(self.weather.reply_steps_max) * self.weather.step_seconds
         self.disk.steps_max = self.weather.disk_steps_max
         self.disk.read_fault_share = self.weather.read_fault_share

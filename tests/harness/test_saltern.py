@@ -37,6 +37,7 @@ HUNT = range(120)
 REGRESSIONS = {
     57: "a load that only vLLM knew to have failed was promised again, for ever",
     2242: "vLLM handed out blocks that a request preempted in its own step had named and not computed",
+    8392: "a request waited for the disk as long as the engine believed to compute, which knew better a step later",
     5594: "weights changed after a load had failed, and another was promised the room that vLLM kept for its request",
     5524: "an engine died in a store of a user erased meanwhile, and what was about to be wiped was taken for lost",
 }
