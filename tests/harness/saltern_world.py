@@ -229,7 +229,6 @@ class World:
             add(*args, **rest)
 
         self.planner.add = add_noted  # type: ignore[method-assign]
-
         self.planner.plan = functools.partial(self._plan, plan)  # type: ignore[method-assign]
         self.planner.match = functools.partial(self._match, self.planner, match)  # type: ignore[method-assign]
         return self.planner

@@ -206,7 +206,7 @@ class TestLeases:
 
 
 class TestTime:
-    """A slow server costs microseconds a step, and a dead or frozen one soon nothing."""
+    """A slow server costs a small share of a step, and a dead or frozen one soon nothing."""
 
     @pytest.mark.parametrize(
         ("step_seconds", "may_wait"),
@@ -223,6 +223,16 @@ class TestTime:
         requests = [engine.arrive(PROMPT, f"user {number}") for number in range(20)]
         assert [match(engine, request) for request in requests] == [None] * 20
         assert engine.clock() - before == pytest.approx(may_wait, abs=20e-6)
+        engine.server.thaw()
+
+    def test_the_next_schedule_may_wait_anew(self, engine: Engine) -> None:
+        engine.server.is_frozen = True
+        requests = [engine.arrive(PROMPT, f"user {number}") for number in range(20)]
+        for _ in range(2):
+            engine.planner.plan({}, lambda _: None)
+            before = engine.clock()
+            assert [match(engine, request) for request in requests] == [None] * 20
+            assert 0 < engine.clock() - before < ASKING_SECONDS_MIN + 20e-6
         engine.server.thaw()
 
     def test_a_step_is_worth_waiting_for_an_answer(self, engine: Engine) -> None:
