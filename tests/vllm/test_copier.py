@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saltern.core.extents import Extent, Run
+from saltern.vllm import copier as copier_module
 from saltern.vllm.copier import CpuCopier, Shard, extent_slices
 from saltern.vllm.copies import Copy, Piece
 from saltern.vllm.layout import GroupPages, Layout
@@ -101,11 +102,19 @@ def copier_of(kv: Any, layout: Layout, lifeline: Any) -> Iterator[CpuCopier]:
     copier.close()
 
 
-@given(case=cases())
+@contextmanager
+def stores_at_once(bytes_max: int) -> Iterator[None]:
+    """Let stores of up to so many bytes be done at once, and longer ones on their thread."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(copier_module, "AT_ONCE_BYTES_MAX", bytes_max)
+        yield
+
+
+@given(case=cases(), is_at_once=st.booleans())
 @settings(max_examples=150)
-def test_bytes_arrive_where_they_belong_and_nothing_else_is_touched(case: Any) -> None:
+def test_bytes_arrive_where_they_belong_and_nothing_else_is_touched(case: Any, is_at_once: bool) -> None:
     layout, size, page_bytes, shards, store, load = case
-    with lifeline_of(pages=PAGES, page_bytes=page_bytes) as lifeline:
+    with stores_at_once(size if is_at_once else 0), lifeline_of(pages=PAGES, page_bytes=page_bytes) as lifeline:
         for seed, shard in enumerate(shards):
             kv = np.random.default_rng(seed + 1).integers(0, 256, size, dtype=np.uint8)
             with copier_of(kv, layout, lifeline) as copier:
@@ -212,10 +221,24 @@ class TestFailures:
             assert (kv == kv_before).all()
             assert (lifeline.bytes == arena_before).all()
 
-    def test_a_load_does_not_wait_for_a_store(self) -> None:
-        kv = np.zeros(self.size, dtype=np.uint8)
+    def test_a_short_store_has_ended_when_it_was_begun(self) -> None:
+        kv = np.random.default_rng(1).integers(0, 256, self.size, dtype=np.uint8)
         copy = Copy(1, INCARNATION, "r", (Piece((Run(start=0, count=2),), 0, (1, 2)),))
         with lifeline_of(pages=16, page_bytes=32) as lifeline, copier_of(kv, self.layout, lifeline) as copier:
+            copier.submit(copy, self.shard, is_store=True)
+            (ended,) = copier.finished()
+            assert ended[:3] == (copy, True, False)
+            here, there = moves(copy, self.shard, self.layout, 32)
+            assert (kv[here] == lifeline.bytes[there]).all()
+
+    def test_a_load_and_a_step_do_not_wait_for_a_long_store(self) -> None:
+        kv = np.zeros(self.size, dtype=np.uint8)
+        copy = Copy(1, INCARNATION, "r", (Piece((Run(start=0, count=2),), 0, (1, 2)),))  # of 64 bytes
+        with (
+            stores_at_once(63),
+            lifeline_of(pages=16, page_bytes=32) as lifeline,
+            copier_of(kv, self.layout, lifeline) as copier,
+        ):
             lifeline.gated = lambda: threading.current_thread().name.startswith("saltern-store")
             copier.submit(copy, self.shard, is_store=True)
             copier.submit(copy, self.shard, is_store=False)
@@ -245,7 +268,7 @@ class TestFailures:
             (ended,) = await_finished(copier, 1)
             assert ended.is_failed
 
-    def test_copies_use_all_cores_though_the_engine_is_pinned_to_one(self) -> None:
+    def test_threads_use_all_cores_though_the_engine_is_pinned_to_one(self) -> None:
         kv = np.zeros(self.size, dtype=np.uint8)
         copy = Copy(1, INCARNATION, "r", (Piece((Run(start=0, count=2),), 0, (1, 2)),))
         cores, used, ending = os.sched_getaffinity(0), list[set[int]](), threading.Event()
@@ -253,7 +276,11 @@ class TestFailures:
         other.start()
         os.sched_setaffinity(0, {min(cores)})
         try:
-            with lifeline_of(pages=16, page_bytes=32) as lifeline, copier_of(kv, self.layout, lifeline) as copier:
+            with (
+                stores_at_once(0),
+                lifeline_of(pages=16, page_bytes=32) as lifeline,
+                copier_of(kv, self.layout, lifeline) as copier,
+            ):
                 lifeline.gated = lambda: bool(used.append(os.sched_getaffinity(0)))  # type: ignore[func-returns-value]
                 for is_store in (True, False):
                     copier.submit(copy, self.shard, is_store=is_store)

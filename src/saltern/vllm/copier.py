@@ -1,15 +1,18 @@
 """The copier: moves engine blocks between a worker's KV cache and the arena, with the CPU.
 
-One numpy assignment moves all layers of an engine block and lets go of the interpreter's lock meanwhile, at
-the speed of memmove over the same segments. Loads and stores have threads of their own, so that a request that
-waits for its KV never waits for another's to be stored. A load has two, since somebody waits for it and one
-thread gets half of what the memory gives; a store has one, since nobody does.
+One assignment moves all layers of an engine block and lets go of the interpreter's lock meanwhile, at the speed of
+memmove over the same segments.
+
+- A short store is done at once, between two steps, by all threads that compute the model: these go through each layer
+  together, so that a thread of ours that takes a core from one of them has all others wait for it.
+- A long one would make everybody's step longer: it has a thread of its own, since nobody waits for it.
+- A load has two, since somebody waits for it, and one gets half of what the memory gives.
 """
 
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from queue import SimpleQueue
@@ -17,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from saltern.client.lifeline import Lifeline, Mapping
 from saltern.core.extents import Extent, extent_pages
@@ -27,6 +31,11 @@ from saltern.vllm.layout import GroupPages, Layout
 logger = logging.getLogger(__name__)
 
 Bytes = npt.NDArray[np.uint8]
+Assign = Callable[[Bytes, Bytes], None]
+"""Sets the first to the second, of the same shape."""
+
+AT_ONCE_BYTES_MAX = 64 * 1024 * 1024
+"""A longer store doesn't hold a step up: this takes some 10 ms where a step with as many tokens takes seconds."""
 
 ATTACH_SECONDS_MAX = 0.1
 """How long a copy waits for its session: vLLM may tell a worker of a lease before the server's word is read."""
@@ -78,8 +87,13 @@ class CpuCopier:
         ]
 
     def submit(self, copy: Copy, shard: Shard, *, is_store: bool) -> None:
-        """Begin a copy."""
-        (self._storer if is_store else self._loader).submit(self._run, copy, shard, is_store=is_store)
+        """Begin a copy; a short store has ended when this returns. For the thread that has the model computed."""
+        if not is_store:
+            self._loader.submit(self._run, copy, shard, is_store=False)
+        elif sum(map(self._layout.piece_bytes, copy.pieces)) > AT_ONCE_BYTES_MAX:
+            self._storer.submit(self._run, copy, shard, is_store=True)
+        else:
+            self._run(copy, shard, is_store=True, assign=_assign_with_all_threads)
 
     def finished(self) -> list[Finished]:
         """Return the copies that ended since the last call."""
@@ -93,7 +107,7 @@ class CpuCopier:
         for pool in (self._loader, self._helper, self._storer):  # a load waits for its helper
             pool.shutdown(cancel_futures=True)
 
-    def _run(self, copy: Copy, shard: Shard, *, is_store: bool) -> None:
+    def _run(self, copy: Copy, shard: Shard, *, is_store: bool, assign: Assign = np.copyto) -> None:
         is_failed, is_untouched = True, False
         began = time.monotonic()
         try:
@@ -101,7 +115,7 @@ class CpuCopier:
             is_untouched = mapping is None
             if mapping is not None:
                 try:
-                    self._move(copy, shard, mapping, is_store=is_store)
+                    self._move(copy, shard, mapping, assign, is_store=is_store)
                     is_failed = False
                 finally:
                     mapping.release()
@@ -110,19 +124,21 @@ class CpuCopier:
         seconds = time.monotonic() - began
         self._finished.put(Finished(copy, is_store, is_failed, is_untouched=is_untouched, seconds=seconds))
 
-    def _move(self, copy: Copy, shard: Shard, mapping: Mapping, *, is_store: bool) -> None:
+    def _move(self, copy: Copy, shard: Shard, mapping: Mapping, assign: Assign, *, is_store: bool) -> None:
         check_bounds(copy, shard, self._layout, mapping)
         pieces = iter(copy.pieces)
         is_shared = not is_store and len(copy.pieces) > 1
         # Both threads take the next piece when they are done with one: they seldom get equal shares of the cores.
         helped = self._helper.submit(self._move_pieces, pieces, shard, mapping, is_store) if is_shared else None
         try:
-            self._move_pieces(pieces, shard, mapping, is_store)
+            self._move_pieces(pieces, shard, mapping, is_store, assign)
         finally:
             if helped is not None:
                 helped.result()  # the arena stays mapped until both are done
 
-    def _move_pieces(self, pieces: Iterator[Piece], shard: Shard, mapping: Mapping, is_store: bool) -> None:
+    def _move_pieces(
+        self, pieces: Iterator[Piece], shard: Shard, mapping: Mapping, is_store: bool, assign: Assign = np.copyto
+    ) -> None:
         arena = np.frombuffer(mapping.buffer, dtype=np.uint8)  # a view of each thread's own, gone when it returns
         for piece in pieces:
             for slot, engine_block in enumerate(piece.engine_blocks, start=piece.first_slot):
@@ -131,7 +147,7 @@ class CpuCopier:
                 position = shard.position(self._layout.groups[piece.group], slot)
                 for pages in self._pages[piece.group]:
                     block = pages[engine_block]
-                    move_slot(arena, piece.extent, position, mapping.page_bytes, block, is_store=is_store)
+                    _move_slot(arena, piece.extent, position, mapping.page_bytes, block, assign, is_store=is_store)
                     position += block.size
 
 
@@ -151,7 +167,9 @@ def check_bounds(copy: Copy, shard: Shard, layout: Layout, mapping: Mapping) -> 
             raise ValueError(f"the KV cache has {layout.blocks} blocks, and not all of {piece.engine_blocks}")
 
 
-def move_slot(arena: Bytes, extent: Extent, position: int, page_bytes: int, block: Bytes, *, is_store: bool) -> None:
+def _move_slot(
+    arena: Bytes, extent: Extent, position: int, page_bytes: int, block: Bytes, assign: Assign, *, is_store: bool
+) -> None:
     """Copy the layers of one engine block to or from byte `position` of an extent.
 
     `block` has the shape [layers, page bytes]. Raises ValueError if the extent doesn't hold so much.
@@ -159,10 +177,8 @@ def move_slot(arena: Bytes, extent: Extent, position: int, page_bytes: int, bloc
     parts = extent_slices(extent, position, block.size, page_bytes)
     if len(parts) == 1:
         place = arena[parts[0]].reshape(block.shape)
-        if is_store:
-            place[...] = block
-        else:
-            block[...] = place
+        to, of = (place, block) if is_store else (block, place)
+        assign(to, of)
     elif is_store:  # an extent in several runs is rare, and pays with a second copy
         gathered, done = block.reshape(-1), 0
         for part in parts:
@@ -187,6 +203,10 @@ def extent_slices(extent: Extent, position: int, size: int, page_bytes: int) -> 
                 return slices
         position = max(position - run_bytes, 0)
     raise ValueError("a copy reaches past the end of its extent")
+
+
+def _assign_with_all_threads(to: Bytes, of: Bytes) -> None:
+    torch.from_numpy(to).copy_(torch.from_numpy(of))
 
 
 def _use_all_cores() -> None:
