@@ -36,8 +36,9 @@ from saltern.vllm.copies import Copies, Reports
 from saltern.vllm.devices import make_copier, worker_facts
 from saltern.vllm.geometry import Geometry
 from saltern.vllm.layout import LayoutError, read_groups, read_layout
+from saltern.vllm.names import SaltCounts
 from saltern.vllm.namespace import namespace_digest
-from saltern.vllm.planner import Planner
+from saltern.vllm.planner import DiskCounts, Planner
 from saltern.vllm.session import Session
 from saltern.vllm.settings import BLOCK_TOKENS, Settings, SettingsError, parse_settings
 from saltern.vllm.stats import SalternPromMetrics, SalternStats
@@ -410,10 +411,13 @@ class SalternConnector(KVConnectorBase_V1, SupportsHMA):
         """
         if self._planner is not None:
             self._planner.end_step()
+            salts, disk = self._planner.take_salt_counts(), self._planner.take_disk_counts()
+            if salts == SaltCounts() and disk == DiskCounts():
+                return None  # as in most steps
             stats = SalternStats()
-            stats.add_salts(self._planner.take_salt_counts())
-            stats.add_disk(self._planner.take_disk_counts())
-            return None if stats.is_empty() else stats
+            stats.add_salts(salts)
+            stats.add_disk(disk)
+            return stats
         finished = self._worker.take_finished() if self._worker is not None else []
         if self._worker is None or not finished:
             return None
