@@ -5,10 +5,13 @@ import errno
 import mmap
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from saltern.core.disk import DISK_PAGE_BYTES
 from saltern.core.extents import Extent, Run
+
+HUGE_PAGE_BYTES = 2 * 1024 * 1024
 
 
 class Slab:
@@ -131,11 +134,16 @@ def page_buffer(size: int) -> mmap.mmap:
     """Return memory that begins at a page, as direct I/O needs it. `size` is in bytes."""
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_DONTDUMP)  # it may hold a user's block
+    with suppress(OSError):  # from a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
 
 
 class PageBuffer:
-    """Memory that is kept from one record to the next, as large as the largest so far."""
+    """Memory that is kept from one record to the next, as large as the largest so far.
+
+    In huge pages where there are any: direct I/O pins every page of it for every record.
+    """
 
     def __init__(self) -> None:
         self._memory = memoryview(b"")
@@ -143,7 +151,8 @@ class PageBuffer:
     def view(self, size: int) -> memoryview:
         """Return the first `size` bytes."""
         if size > len(self._memory):
-            self._memory = memoryview(page_buffer(size))
+            whole_pages = -(-size // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES  # others the kernel doesn't place at one
+            self._memory = memoryview(page_buffer(whole_pages))
         return self._memory[:size]
 
 
