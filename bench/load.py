@@ -1,23 +1,27 @@
-"""An engine under load with and without Saltern: tokens per second, and how long a client waits for the next token.
+"""Engines under load with and without Saltern: tokens per second, and how long a client waits for the next token.
 
-Two engines with the same settings, vLLM's prefix caching on in both, are alive at once and take their rounds in turn:
-`own` has no connector, `ours` has Saltern's. In a round eight clients send prompts of random tokens to one engine, each
-its next when the last was answered; the other engine gets the same ones. Two kinds of rounds:
+Four engines with the same settings, vLLM's prefix caching on in all, are alive at once and take their rounds in turn:
+two without a connector, and two with Saltern's, whose servers have a disk tier or none. In a round eight clients send
+prompts of random tokens to one engine, each its next when the last was answered; the other engines get the same ones.
+Two kinds of rounds:
 
 - missing: every prompt is new. Saltern looks up and stores everything and finds nothing, so it can only be in the way.
-- mixed: half of the prompts were computed before, by either engine, and have left vLLM's own cache since.
+- mixed: half of the prompts were computed before, by every engine, and have left vLLM's own cache since.
 
-Before each round both engines are left idle for as long as vLLM's processes go on spinning after their last message.
+What Saltern's engines did is compared with the mean of the two without; what these two differ by says how much of a
+difference means nothing. Before each round all engines are left idle for as long as vLLM's processes go on spinning
+after their last message.
 """
 
 import os
 import random
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from statistics import geometric_mean
 from typing import NamedTuple
 
 import msgspec
@@ -30,10 +34,24 @@ from demo.engine import Completion, Engine, started_together
 from demo.model import ensure_model
 
 CLIENTS = 8
-ARENA_BYTES = 4 * 1024**3
+ARENA_BYTES = 3 * 1024**3
 DISK_BYTES = 16 * 1024**3  # of the disk tier, the default
 RATIO_MIN = 0.97
 IDLE_SECONDS = 5.0
+
+PLAIN = ("no connector", "another such engine")
+IN_MEMORY = "Saltern without a disk tier"
+ON_DISK = "Saltern with one"
+
+ENGINE_ENV = {
+    "VLLM_SERVER_DEV_MODE": "1",  # which has the route that empties vLLM's own cache
+    # The memory that a step computes in is kept for the next, and in huge pages. Else it is given back and faulted in
+    # anew in some steps and not in others, and engines with equal settings differ by up to ten percent.
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**40),
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
 
 Prompt = list[int]
 
@@ -41,14 +59,15 @@ Prompt = list[int]
 class Size(NamedTuple):
     """How much is measured: every round has so many prompts, of lengths drawn from a range."""
 
-    rounds: int
+    missing_rounds: int
+    mixed_rounds: int
     prompts: int
     lengths: range
     output_tokens: int
 
 
-FULL = Size(rounds=4, prompts=16, lengths=range(600, 1400), output_tokens=48)
-SMOKE = Size(rounds=1, prompts=4, lengths=range(300, 400), output_tokens=4)
+FULL = Size(missing_rounds=8, mixed_rounds=4, prompts=16, lengths=range(600, 1400), output_tokens=48)
+SMOKE = Size(missing_rounds=1, mixed_rounds=1, prompts=4, lengths=range(300, 400), output_tokens=4)
 
 
 class Load(NamedTuple):
@@ -66,8 +85,11 @@ class Load(NamedTuple):
         return self.tokens / self.seconds
 
 
-def run(size: Size, *, name: str, disk_bytes: int) -> Report:
-    """Start a server and both engines, warm them up, and measure both kinds of rounds."""
+Loads = Mapping[str, list[Load]]  # by engine, one a round
+
+
+def run(size: Size) -> Report:
+    """Start two servers and all engines, warm them up, and measure both kinds of rounds."""
     chance = random.Random(1)
 
     def prompts(count: int) -> list[Prompt]:
@@ -75,29 +97,38 @@ def run(size: Size, *, name: str, disk_bytes: int) -> Report:
 
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="saltern-bench-")))
-        server = stack.enter_context(Server(arena_bytes=ARENA_BYTES, disk_bytes=disk_bytes))
-        own = _engine(folder / "own.log", None)
-        ours = _engine(folder / "ours.log", connector(server.socket))
-        stack.enter_context(started_together(own, ours))
-        bench = _Bench(own, ours, server, size)
-        bench.compare([prompts(CLIENTS)])  # warms both up
-        missing = bench.compare([prompts(size.prompts) for _ in range(size.rounds)])
-        known = [prompts(size.prompts // 2) for _ in range(size.rounds)]
+        servers = {
+            IN_MEMORY: stack.enter_context(Server(arena_bytes=ARENA_BYTES)),
+            ON_DISK: stack.enter_context(Server(arena_bytes=ARENA_BYTES, disk_bytes=DISK_BYTES)),
+        }
+        engines = {
+            name: Engine(
+                ensure_model(),
+                log_path=folder / f"{number}.log",
+                kv_transfer_config=connector(servers[name].socket) if name in servers else None,
+                env=ENGINE_ENV,
+            )
+            for number, name in enumerate((*PLAIN, *servers))
+        }
+        stack.enter_context(started_together(*engines.values()))
+        bench = _Bench(engines, list(servers.values()), size)
+        bench.compare([prompts(CLIENTS)])  # warms them up
+        missing = bench.compare([prompts(size.prompts) for _ in range(size.missing_rounds)])
+        known = [prompts(size.prompts // 2) for _ in range(size.mixed_rounds)]
         bench.make_known([prompt for prompts in known for prompt in prompts])
         mixed = bench.compare([_shuffled(half + prompts(size.prompts - len(half)), chance) for half in known])
-        idle = {"no connector": _idle_share(own), "Saltern": _idle_share(ours)}
-    ratios = _ratios(missing)
+        idle = {name: _idle_share(engines[name]) for name in (PLAIN[0], *servers)}
     return Report(
-        name,
+        "load",
         (_table("All missing", missing), _table("Half of the prompts computed before", mixed)),
-        (Target("all missing: tokens per second against no connector", median(ratios), RATIO_MIN, "×", at_least=True),),
+        tuple(
+            Target(
+                f"all missing, {name}: tokens per second", median(_ratios(missing, name)), RATIO_MIN, "×", at_least=True
+            )
+            for name in servers
+        ),
         tuple(f"Cores taken by an idle engine, {name}: {share:.3f}." for name, share in idle.items()),
     )
-
-
-def _engine(log_path: Path, kv_transfer_config: dict[str, object] | None) -> Engine:
-    env = {"VLLM_SERVER_DEV_MODE": "1"}  # which has the route that empties vLLM's own cache
-    return Engine(ensure_model(), log_path=log_path, kv_transfer_config=kv_transfer_config, env=env)
 
 
 def _shuffled(prompts: list[Prompt], chance: random.Random) -> list[Prompt]:
@@ -105,34 +136,33 @@ def _shuffled(prompts: list[Prompt], chance: random.Random) -> list[Prompt]:
 
 
 class _Bench:
-    """The two engines, asked in turn."""
+    """The engines, asked in turn."""
 
-    def __init__(self, own: Engine, ours: Engine, server: Server, size: Size) -> None:
-        self._own = own
-        self._ours = ours
-        self._server = server
+    def __init__(self, engines: Mapping[str, Engine], servers: Sequence[Server], size: Size) -> None:
+        self._engines = engines
+        self._servers = servers
         self._output_tokens = size.output_tokens
 
-    def compare(self, rounds: Sequence[list[Prompt]]) -> dict[str, list[Load]]:
-        """Send the prompts of each round to both engines; which begins changes with every round."""
-        loads: dict[str, list[Load]] = {"own": [], "ours": []}
-        engines = {"own": self._own, "ours": self._ours}
+    def compare(self, rounds: Sequence[list[Prompt]]) -> Loads:
+        """Send the prompts of each round to all engines; which begins changes with every round."""
+        loads = {name: list[Load]() for name in self._engines}
+        names = list(self._engines)
         for number, prompts in enumerate(rounds):
-            names = sorted(engines, reverse=number % 2 == 0)
-            for name in names:
+            shift = number % len(names)
+            for name in names[shift:] + names[:shift]:
                 time.sleep(SPINNING_SECONDS)
-                loads[name].append(self._load(engines[name], prompts))
+                loads[name].append(self._load(self._engines[name], prompts))
         return loads
 
     def make_known(self, prompts: list[Prompt]) -> None:
-        """Let both engines compute prompts, wait until ours has stored them, and empty vLLM's own caches.
+        """Let all engines compute prompts, wait until ours have stored them, and empty vLLM's own caches.
 
         An engine asks for room in the step that fills a block, so when the last answer is here only copies are missing.
         """
-        for engine in (self._own, self._ours):
+        for engine in self._engines.values():
             self._load(engine, prompts)
-        until(lambda: not self._server.stats().arena.writing_blocks)
-        until(lambda: all(_empties_its_cache(engine) for engine in (self._own, self._ours)))
+        until(lambda: not any(server.stats().arena.writing_blocks for server in self._servers))
+        until(lambda: all(_empties_its_cache(engine) for engine in self._engines.values()))
 
     def _load(self, engine: Engine, prompts: list[Prompt]) -> Load:
         def ask(prompt: Prompt) -> Completion:
@@ -155,43 +185,33 @@ def _empties_its_cache(engine: Engine) -> bool:
     return bool(msgspec.json.decode(engine.post("/reset_prefix_cache", {}))["success"])
 
 
-def _table(title: str, loads: dict[str, list[Load]]) -> Table:
+def _table(title: str, loads: Loads) -> Table:
     columns = (
         "", "tokens per s", "rounds", "first token ms", "token to token p50 ms", "p99 ms", "cached %",
+        "against no connector", "rounds",
     )  # fmt: skip
-    own, ours = (_cells(loads[name]) for name in ("own", "ours"))
-    ratios = _ratios(loads)
-    compared = [ours_value / own_value for own_value, ours_value in zip(own.times, ours.times, strict=True)]
-    rows: list[tuple[Cell, ...]] = [
-        ("no connector", own.tokens_per_second, own.rounds, *own.times, own.cached_percent),
-        ("Saltern", ours.tokens_per_second, ours.rounds, *ours.times, ours.cached_percent),
-        ("Saltern / no connector", median(ratios), spread(ratios), *compared, ""),
+    return Table(title, columns, tuple((name, *_cells(loads, name)) for name in loads))
+
+
+def _cells(loads: Loads, name: str) -> tuple[Cell, ...]:
+    rounds = loads[name]
+    rates = [load.tokens_per_second for load in rounds]
+    gaps = [gap for load in rounds for gap in load.gaps_ms]
+    first = median([ttft for load in rounds for ttft in load.ttfts_ms])
+    cached = 100 * sum(load.cached_tokens for load in rounds) / sum(load.tokens for load in rounds)
+    ratios = _ratios(loads, name)
+    return (
+        median(rates), spread(rates), first, median(gaps), quantile(gaps, 0.99), cached, median(ratios), spread(ratios),
+    )  # fmt: skip
+
+
+def _ratios(loads: Loads, name: str) -> list[float]:
+    """Return an engine's tokens per second in each round against those of the engines without a connector there."""
+    plain = [
+        geometric_mean(load.tokens_per_second for load in same_round)
+        for same_round in zip(*(loads[other] for other in PLAIN), strict=True)
     ]
-    return Table(title, columns, tuple(rows))
-
-
-class _Cells(NamedTuple):
-    """What a table shows of one engine."""
-
-    tokens_per_second: float
-    rounds: str
-    times: tuple[float, float, float]
-    cached_percent: float
-
-
-def _cells(loads: list[Load]) -> _Cells:
-    rates = [load.tokens_per_second for load in loads]
-    gaps = [gap for load in loads for gap in load.gaps_ms]
-    first = median([ttft for load in loads for ttft in load.ttfts_ms])
-    cached = sum(load.cached_tokens for load in loads) / sum(load.tokens for load in loads)
-    return _Cells(median(rates), spread(rates), (first, median(gaps), quantile(gaps, 0.99)), 100 * cached)
-
-
-def _ratios(loads: dict[str, list[Load]]) -> list[float]:
-    """Return ours against own for each round, whose two halves came right after each other."""
-    return [
-        ours.tokens_per_second / own.tokens_per_second for own, ours in zip(loads["own"], loads["ours"], strict=True)
-    ]
+    return [load.tokens_per_second / rate for load, rate in zip(loads[name], plain, strict=True)]
 
 
 def _idle_share(engine: Engine) -> float:

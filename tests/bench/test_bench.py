@@ -8,7 +8,7 @@ import pytest
 from bench.__main__ import BENCHES, main
 from bench.report import Target
 
-WITH_ENGINES = ("ttft", "ttft-disk", "load", "load-memory")
+WITH_ENGINES = ("ttft", "ttft-disk", "load")
 
 
 def run(name: str, tmp_path: Path) -> None:
@@ -44,4 +44,4 @@ def test_a_target_is_reached_from_the_side_it_names() -> None:
 def test_an_unknown_name_is_refused_with_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["lookups"])
-    assert "lookup, copy, ttft, ttft-disk, load, load-memory, start, disk, core" in capsys.readouterr().err
+    assert "lookup, copy, ttft, ttft-disk, load, start, disk, core" in capsys.readouterr().err
