@@ -34,14 +34,13 @@ from demo.engine import Completion, Engine, started_together
 from demo.model import ensure_model
 
 CLIENTS = 8
-ARENA_BYTES = 3 * 1024**3
 DISK_BYTES = 16 * 1024**3  # of the disk tier, the default
 RATIO_MIN = 0.97
 IDLE_SECONDS = 5.0
 
 PLAIN = ("no connector", "another such engine")
 IN_MEMORY = "Saltern without a disk tier"
-ON_DISK = "Saltern with one"
+ON_DISK = "Saltern with a disk tier"
 
 ENGINE_ENV = {
     "VLLM_SERVER_DEV_MODE": "1",  # which has the route that empties vLLM's own cache
@@ -59,6 +58,7 @@ Prompt = list[int]
 class Size(NamedTuple):
     """How much is measured: every round has so many prompts, of lengths drawn from a range."""
 
+    arena_bytes: int
     missing_rounds: int
     mixed_rounds: int
     prompts: int
@@ -66,8 +66,22 @@ class Size(NamedTuple):
     output_tokens: int
 
 
-FULL = Size(missing_rounds=8, mixed_rounds=4, prompts=16, lengths=range(600, 1400), output_tokens=48)
-SMOKE = Size(missing_rounds=1, mixed_rounds=1, prompts=4, lengths=range(300, 400), output_tokens=4)
+FULL = Size(
+    arena_bytes=3 * 1024**3,
+    missing_rounds=8,
+    mixed_rounds=4,
+    prompts=16,
+    lengths=range(600, 1400),
+    output_tokens=48,
+)
+SMOKE = Size(
+    arena_bytes=256 * 1024**2,
+    missing_rounds=1,
+    mixed_rounds=1,
+    prompts=4,
+    lengths=range(300, 400),
+    output_tokens=4,
+)
 
 
 class Load(NamedTuple):
@@ -98,8 +112,8 @@ def run(size: Size) -> Report:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="saltern-bench-")))
         servers = {
-            IN_MEMORY: stack.enter_context(Server(arena_bytes=ARENA_BYTES)),
-            ON_DISK: stack.enter_context(Server(arena_bytes=ARENA_BYTES, disk_bytes=DISK_BYTES)),
+            IN_MEMORY: stack.enter_context(Server(arena_bytes=size.arena_bytes)),
+            ON_DISK: stack.enter_context(Server(arena_bytes=size.arena_bytes, disk_bytes=DISK_BYTES)),
         }
         engines = {
             name: Engine(

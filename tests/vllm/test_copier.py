@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -106,7 +107,7 @@ def copier_of(kv: Any, layout: Layout, lifeline: Any) -> Iterator[CpuCopier]:
 def stores_at_once(bytes_max: int) -> Iterator[None]:
     """Let stores of up to so many bytes be done at once, and longer ones on their thread."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(copier_module, "AT_ONCE_BYTES_MAX", bytes_max)
+        patch.setattr(copier_module, "AT_ONCE_BYTES_MAX", bytes_max / torch.get_num_threads())
         yield
 
 

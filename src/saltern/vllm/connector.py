@@ -363,7 +363,7 @@ class SalternConnector(KVConnectorBase_V1, SupportsHMA):
         )
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
-        """Begin a step's copies before its forward pass, so that they overlap.
+        """Begin a step's copies before its forward pass, which those that take long overlap.
 
         vLLM has brought its block tables up to date by then, the blocks to store are full since the step
         before, and those to load are nobody else's.

@@ -34,8 +34,8 @@ Bytes = npt.NDArray[np.uint8]
 Assign = Callable[[Bytes, Bytes], None]
 """Sets the first to the second, of the same shape."""
 
-AT_ONCE_BYTES_MAX = 64 * 1024 * 1024
-"""A longer store doesn't hold a step up: this takes some 10 ms where a step with as many tokens takes seconds."""
+AT_ONCE_BYTES_MAX = 32 * 1024 * 1024
+"""For each thread that computes the model: a longer store doesn't hold a step up. This takes some 10 ms."""
 
 ATTACH_SECONDS_MAX = 0.1
 """How long a copy waits for its session: vLLM may tell a worker of a lease before the server's word is read."""
@@ -90,10 +90,10 @@ class CpuCopier:
         """Begin a copy; a short store has ended when this returns. For the thread that has the model computed."""
         if not is_store:
             self._loader.submit(self._run, copy, shard, is_store=False)
-        elif sum(map(self._layout.piece_bytes, copy.pieces)) > AT_ONCE_BYTES_MAX:
-            self._storer.submit(self._run, copy, shard, is_store=True)
-        else:
+        elif sum(map(self._layout.piece_bytes, copy.pieces)) <= AT_ONCE_BYTES_MAX * torch.get_num_threads():
             self._run(copy, shard, is_store=True, assign=_assign_with_all_threads)
+        else:
+            self._storer.submit(self._run, copy, shard, is_store=True)
 
     def finished(self) -> list[Finished]:
         """Return the copies that ended since the last call."""
