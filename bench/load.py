@@ -17,9 +17,10 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from statistics import geometric_mean
 from typing import NamedTuple
@@ -27,7 +28,7 @@ from typing import NamedTuple
 import msgspec
 
 from bench.report import Cell, Report, Table, Target, spread
-from bench.rounds import median, quantile
+from bench.rounds import interleaved, median, quantile
 from bench.serving import Server, until
 from bench.ttft import SPINNING_SECONDS, TOKEN_IDS, connector
 from demo.engine import Completion, Engine, started_together
@@ -45,7 +46,7 @@ ON_DISK = "Saltern with a disk tier"
 ENGINE_ENV = {
     "VLLM_SERVER_DEV_MODE": "1",  # which has the route that empties vLLM's own cache
     # The memory that a step computes in is kept for the next, and in huge pages. Else it is given back and faulted in
-    # anew in some steps and not in others, and engines with equal settings differ by up to ten percent.
+    # anew in some steps and not in others, by which rounds of one engine differ by up to twenty percent.
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**40),
@@ -159,14 +160,8 @@ class _Bench:
 
     def compare(self, rounds: Sequence[list[Prompt]]) -> Loads:
         """Send the prompts of each round to all engines; which begins changes with every round."""
-        loads = {name: list[Load]() for name in self._engines}
-        names = list(self._engines)
-        for number, prompts in enumerate(rounds):
-            shift = number % len(names)
-            for name in names[shift:] + names[:shift]:
-                time.sleep(SPINNING_SECONDS)
-                loads[name].append(self._load(self._engines[name], prompts))
-        return loads
+        measures = {name: partial(self._load_next, engine, iter(rounds)) for name, engine in self._engines.items()}
+        return interleaved(measures, len(rounds))
 
     def make_known(self, prompts: list[Prompt]) -> None:
         """Let all engines compute prompts, wait until ours have stored them, and empty vLLM's own caches.
@@ -177,6 +172,10 @@ class _Bench:
             self._load(engine, prompts)
         until(lambda: not any(server.stats().arena.writing_blocks for server in self._servers))
         until(lambda: all(_empties_its_cache(engine) for engine in self._engines.values()))
+
+    def _load_next(self, engine: Engine, rounds: Iterator[list[Prompt]]) -> Load:
+        time.sleep(SPINNING_SECONDS)
+        return self._load(engine, next(rounds))
 
     def _load(self, engine: Engine, prompts: list[Prompt]) -> Load:
         def ask(prompt: Prompt) -> Completion:

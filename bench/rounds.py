@@ -3,14 +3,17 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
+from typing import TypeVar
 
 __all__ = ["interleaved", "median", "quantile", "seconds_of"]
 
+_T = TypeVar("_T")
 
-def interleaved(measures: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+
+def interleaved(measures: Mapping[str, Callable[[], _T]], rounds: int) -> dict[str, list[_T]]:
     """Return what each of `measures` returned in each round; every round begins with another one of them."""
     names = list(measures)
-    results: dict[str, list[float]] = {name: [] for name in names}
+    results: dict[str, list[_T]] = {name: [] for name in names}
     for number in range(rounds):
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:
